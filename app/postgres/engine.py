@@ -1,0 +1,187 @@
+"""The engine, and the edge where a driver's error becomes one of ours.
+
+One SQLAlchemy engine owns the pool; hot statements run on its asyncpg connection.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Literal
+
+import asyncpg
+from sqlalchemy import event
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from app.errors import ChatError, CommitUnknown, DurableStoreUnavailable, StartRefused
+
+#: Longer than any of our statements takes, shorter than a caller's patience.
+STATEMENT_TIMEOUT_SECONDS = 3.0
+
+#: The client's own limit, for a server that does not even answer to its statement_timeout.
+COMMAND_TIMEOUT_SECONDS = STATEMENT_TIMEOUT_SECONDS + 1.0
+
+CONNECT_TIMEOUT_SECONDS = 2.0
+
+# One round trip. SET LOCAL, because start-up parameters do not survive a transaction pooler.
+# `synchronous_commit`: whatever the role says, an acknowledged write is on disk.
+_BEGIN = (
+    "BEGIN; "
+    f"SET LOCAL statement_timeout = '{STATEMENT_TIMEOUT_SECONDS:g}s'; "
+    f"SET LOCAL idle_in_transaction_session_timeout = '{STATEMENT_TIMEOUT_SECONDS:g}s'; "
+    "SET LOCAL synchronous_commit = on"
+)
+
+# What PostgreSQL says when it, and not our statement, is the matter: connection trouble (08), a lack of
+# resources (53), an operator's intervention or a cancelled statement (57), system errors (58), read-only
+# (25006: a standby), lock and deadlock time-outs (55P03, 40P01).
+_OUTAGE_CLASSES = frozenset({"08", "53", "57", "58"})
+_OUTAGE_STATES = frozenset({"25006", "25P03", "40001", "40P01", "55P03", "28P01", "28000", "3D000"})
+
+
+def sqlalchemy_url(url: str) -> str:
+    """`postgresql://` and `postgresql+asyncpg://` are the same to us."""
+    return make_url(url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+
+
+def create_engine(
+    url: str, *, application_name: str, pool_size: int = 8, pooler: Literal["none", "transaction"] = "none"
+) -> AsyncEngine:
+    """An engine for `url`. Connects on first use.
+
+    `pooler="transaction"` is for pgbouncer and its like: no prepared statement outlives its transaction.
+    """
+    connect_args: dict[str, Any] = {
+        "timeout": CONNECT_TIMEOUT_SECONDS,
+        "command_timeout": COMMAND_TIMEOUT_SECONDS,
+    }
+    if pooler == "transaction":
+        connect_args |= {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
+    else:
+        connect_args["server_settings"] = {"application_name": application_name}
+    engine = create_async_engine(
+        sqlalchemy_url(url),
+        pool_size=pool_size,
+        max_overflow=0,
+        pool_timeout=CONNECT_TIMEOUT_SECONDS,
+        pool_use_lifo=True,
+        connect_args=connect_args,
+    )
+
+    @event.listens_for(engine.sync_engine, "checkout")
+    def refuse_closed(dbapi_connection: Any, _record: object, _proxy: object) -> None:
+        # The event loop has seen the server's end of the connection already: no round trip is needed to
+        # know. The pool then drops every connection of that age and makes a new one.
+        if dbapi_connection.driver_connection.is_closed():
+            raise InvalidatePoolError
+
+    return engine
+
+
+class Database:
+    """Connections of one engine, and when the primary last answered on one of them."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self.engine = engine
+        self._heard_at = time.monotonic()
+
+    def seconds_since_heard(self) -> float:
+        return time.monotonic() - self._heard_at
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[asyncpg.Connection]:
+        """An asyncpg connection of the pool, for one statement each its own transaction.
+
+        A connection that saw anything but an answer is dropped, never given to the next caller.
+        """
+        try:
+            async with self.engine.connect() as conn:
+                driver = (await conn.get_raw_connection()).driver_connection
+                assert driver is not None  # noqa: S101 - the asyncpg dialect always has one
+                try:
+                    yield driver
+                except BaseException as exc:
+                    if not await _rolled_back(driver, exc):
+                        driver.terminate()
+                        await conn.invalidate()
+                    raise
+                self._heard_at = time.monotonic()
+        except ChatError:
+            raise
+        except Exception as exc:
+            raise outage_or_same(exc) from exc
+
+    @asynccontextmanager
+    async def core(self) -> AsyncIterator[AsyncConnection]:
+        """A connection for SQLAlchemy Core, for what is not hot. Reads only: nothing is committed."""
+        try:
+            async with self.engine.connect() as conn:
+                yield conn
+        except Exception as exc:
+            raise outage_or_same(exc) from exc
+        self._heard_at = time.monotonic()
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[asyncpg.Connection]:
+        """A transaction that is committed at the end of the block, durably, or left without a trace.
+
+        Raises `CommitUnknown` where the connection broke during the commit.
+        """
+        async with self.connection() as conn:
+            await conn.execute(_BEGIN)
+            yield conn
+            try:
+                await conn.execute("COMMIT")
+            except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresConnectionError) as exc:
+                raise CommitUnknown from exc
+            except asyncpg.PostgresError as exc:
+                # A server that goes down may have written the commit record before it says so.
+                if (exc.sqlstate or "").startswith("57P"):
+                    raise CommitUnknown from exc
+                raise
+
+    async def close(self) -> None:
+        await self.engine.dispose()
+
+
+def outage_or_same(exc: Exception) -> Exception:
+    """`DurableStoreUnavailable` for an error that says PostgreSQL can't serve now; else the error itself."""
+    cause = exc.orig.__cause__ if isinstance(exc, DBAPIError) and exc.orig is not None else exc
+    state = getattr(cause, "sqlstate", None) or getattr(getattr(exc, "orig", None), "sqlstate", None)
+    if state is not None:
+        if state[:2] in _OUTAGE_CLASSES or state in _OUTAGE_STATES:
+            return DurableStoreUnavailable(f"PostgreSQL can't serve now: {cause}")
+        if state == "42P01":
+            return DurableStoreUnavailable(
+                f"the database has not the schema of this version: {cause}", hint="run `alembic upgrade head`"
+            )
+        return exc
+    if isinstance(
+        cause, OSError | TimeoutError | PoolTimeoutError | asyncpg.InterfaceError | asyncio.TimeoutError
+    ):
+        return DurableStoreUnavailable(f"PostgreSQL can't be reached: {str(cause) or type(cause).__name__}")
+    return exc
+
+
+async def _rolled_back(driver: asyncpg.Connection, exc: BaseException) -> bool:
+    """True where the connection is known to be fit for the next caller."""
+    if not isinstance(exc, ChatError | asyncpg.PostgresError) or isinstance(exc, CommitUnknown):
+        return False
+    try:
+        if driver.is_in_transaction():
+            await driver.execute("ROLLBACK")
+    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError):
+        return False
+    return not driver.is_closed()
+
+
+def check_url(url: str) -> None:
+    """Raises `StartRefused` for a URL that is not one of PostgreSQL's."""
+    scheme = url.partition("://")[0]
+    if scheme not in {"postgresql", "postgresql+asyncpg"}:
+        raise StartRefused(
+            f"DATABASE_URL begins with {scheme!r}", hint="postgresql://user:password@host:5432/database"
+        )

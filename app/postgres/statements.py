@@ -1,0 +1,108 @@
+"""The hot statements, over arrays: a batch of writes is one round trip a step, a single write a batch of one.
+
+A write runs them as separate statements of one transaction, in this order: one statement that locks and
+reads would see the rows as they were before it waited for the lock (a mixed snapshot).
+"""
+
+_SESSION = "session_id, user_id, created_at, last_activity, message_count, chain, owner"
+
+# In the order of the ids: an UPDATE ... FROM unnest locks in the order of its plan, and two of them deadlock.
+LOCK_SESSIONS = f"""
+SELECT {_SESSION} FROM chat.chat_sessions
+WHERE session_id = ANY($1::uuid[]) ORDER BY session_id FOR NO KEY UPDATE
+"""
+
+LOCK_SESSION_FOR_DELETE = f"""
+SELECT {_SESSION} FROM chat.chat_sessions WHERE session_id = $1 FOR UPDATE
+"""
+
+# After the lock: the state of the cache, and which of the writes' messages are stored already.
+STATE_AND_STORED = """
+SELECT c.protocol, c.epoch, c.mode, c.cache,
+       m.session_id, m.message_id, m.seq, m.request_digest, m.request_size
+FROM chat.cache_state c
+LEFT JOIN (
+    unnest($1::uuid[], $2::date[], $3::uuid[]) AS w(session_id, session_month, message_id)
+    JOIN chat.chat_messages m USING (session_id, session_month, message_id)
+) ON true
+WHERE c.id = 1
+"""
+
+APPEND = """
+WITH head AS (
+    UPDATE chat.chat_sessions s
+    SET message_count = w.message_count, chain = w.chain, last_activity = w.last_activity
+    FROM unnest($1::uuid[], $2::int[], $3::bytea[], $4::timestamptz[])
+        AS w(session_id, message_count, chain, last_activity)
+    WHERE s.session_id = w.session_id
+)
+INSERT INTO chat.chat_messages (session_id, session_month, seq, message_id, role, content, created_at,
+    processing_time_ms, source_count, metadata, request_digest, request_size)
+SELECT * FROM unnest($5::uuid[], $6::date[], $7::int[], $8::uuid[], $9::text[], $10::text[],
+    $11::timestamptz[], $12::int[], $13::smallint[], $14::json[], $15::bytea[], $16::smallint[])
+"""
+
+CREATE = """
+INSERT INTO chat.chat_sessions (session_id, user_id, created_at, last_activity)
+SELECT w.session_id, w.user_id, w.created_at, w.created_at
+FROM unnest($1::uuid[], $2::text[], $3::timestamptz[]) AS w(session_id, user_id, created_at)
+"""
+
+# Level 0's look-up: the row and the state as one snapshot sees them. Always one row.
+LOOKUP = """
+SELECT c.protocol, c.epoch, c.mode, c.cache,
+       s.session_id, s.user_id, s.created_at, s.last_activity, s.message_count, s.chain, s.owner
+FROM chat.cache_state c LEFT JOIN chat.chat_sessions s ON s.session_id = $1
+WHERE c.id = 1
+"""
+
+# As text: the driver would decode JSON, and a number or the order of keys might not come back as it was.
+_MESSAGE = (
+    "message_id, seq, role, content, created_at, metadata::text AS metadata, request_digest, request_size"
+)
+
+# `seq BETWEEN` serves any page from the primary key of one partition.
+MESSAGES = f"""
+SELECT {_MESSAGE} FROM chat.chat_messages
+WHERE session_id = $1 AND session_month = $2 AND seq BETWEEN $3 AND $4 ORDER BY seq
+"""
+
+MESSAGES_BY_ID = f"""
+SELECT {_MESSAGE} FROM chat.chat_messages
+WHERE session_id = $1 AND session_month = $2 AND message_id = ANY($3::uuid[])
+"""
+
+# The row and its newest messages in one snapshot: a page read without a cache needs no lock.
+HISTORY = f"""
+SELECT s.session_id, s.user_id, s.created_at AS session_created_at, s.last_activity, s.message_count,
+       s.chain, s.owner, m.*
+FROM chat.chat_sessions s
+LEFT JOIN LATERAL (
+    SELECT {_MESSAGE} FROM chat.chat_messages
+    WHERE session_id = $1 AND session_month = $2
+      AND seq > least(s.message_count, $3::int - 1) - $4::int
+      AND seq <= least(s.message_count, $3::int - 1)
+) m ON true
+WHERE s.session_id = $1 ORDER BY m.seq
+"""
+
+LOCK_TURN = """
+SELECT token, leased_until > clock_timestamp() AS held,
+       extract(epoch FROM leased_until - clock_timestamp())::float8 AS left_seconds
+FROM chat.chat_turns WHERE session_id = $1 AND message_id = $2 FOR UPDATE
+"""
+
+HOLD_TURN = """
+INSERT INTO chat.chat_turns (session_id, message_id, token, leased_until)
+VALUES ($1, $2, $3, clock_timestamp() + make_interval(secs => $4))
+ON CONFLICT ON CONSTRAINT chat_turns_pkey DO UPDATE
+SET token = excluded.token, leased_until = excluded.leased_until
+"""
+
+RELEASE_TURN = """
+DELETE FROM chat.chat_turns WHERE session_id = $1 AND message_id = $2 AND token = $3 RETURNING 1
+"""
+
+DELETE_MESSAGES = "DELETE FROM chat.chat_messages WHERE session_id = $1 AND session_month = $2"
+DELETE_TURNS = "DELETE FROM chat.chat_turns WHERE session_id = $1"
+DELETE_SESSION = "DELETE FROM chat.chat_sessions WHERE session_id = $1"
