@@ -1,0 +1,125 @@
+"""How this project talks to Redis: one client, bounded steps, scripts from their files."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+
+from app.coherence.ports import CacheOutage
+from app.redis_sessions.codec import lua_offsets
+
+log = logging.getLogger("chat_sessions.redis")
+
+_LUA = Path(__file__).parent / "lua"
+
+#: After an outage the next caller that tries Redis does so at the earliest this much later: while Redis
+#: hangs, one request in this time waits for its time-out instead of all of them.
+_REST_SECONDS = 0.25
+
+POOL_CONNECTIONS_MAX = 32
+
+
+def create_redis(url: str, *, database: int, timeout_seconds: float) -> Redis:
+    """A client for one database. Connects on first use; retries nothing by itself: a command that was
+    sent twice, once late, is exactly what the coherence protocol must be able to rule out.
+    """
+    pool = BlockingConnectionPool.from_url(
+        url,
+        max_connections=POOL_CONNECTIONS_MAX,
+        timeout=timeout_seconds,
+        socket_timeout=timeout_seconds,
+        socket_connect_timeout=timeout_seconds,
+        retry=Retry(NoBackoff(), 0),
+        client_name="chat-sessions",
+        protocol=2,
+        # Both are given in the URL's place: a path in REDIS_URL does not move the sessions.
+        db=database,
+    )
+    pool.connection_kwargs["db"] = database
+    return Redis.from_pool(pool)
+
+
+@cache
+def script_text(name: str) -> str:
+    """A script as it is sent: the generated offsets, what all scripts share, the file itself."""
+    source = (_LUA / f"{name}.lua").read_text()
+    if name == "release_turn":
+        return source
+    return lua_offsets() + (_LUA / "entry.lua").read_text() + source
+
+
+class WrongType(Exception):
+    """The key holds something that is not a string, so it is no session of ours."""
+
+
+async def get_bytes(command: Awaitable[Any]) -> bytes | None:
+    """The reply of a GET-like command."""
+    try:
+        value: bytes | None = await command
+    except ResponseError as exc:
+        if str(exc).startswith("WRONGTYPE"):
+            raise WrongType from exc
+        raise
+    return value
+
+
+class BoundedRedis:
+    """Steps in Redis that take at most `timeout_seconds` and end in an answer or in `CacheOutage`.
+
+    A cancelled or timed-out command drops its socket (redis-py does so on any exception while it waits
+    for a reply), so nobody is ever given the reply to somebody else's command.
+    """
+
+    def __init__(self, redis: Redis, *, timeout_seconds: float) -> None:
+        self.redis = redis
+        self._timeout_seconds = timeout_seconds
+        self._out_until = 0.0
+        self._out = False
+
+    @asynccontextmanager
+    async def step(self) -> AsyncIterator[Redis]:
+        if time.monotonic() < self._out_until:
+            raise CacheOutage("redis was out a moment ago")
+        try:
+            async with asyncio.timeout(self._timeout_seconds):
+                yield self.redis
+        except OutOfMemoryError as exc:
+            raise CacheOutage(f"redis is out of memory: {exc}") from exc
+        except (RedisError, OSError, TimeoutError) as exc:
+            self._note_outage(exc)
+            raise CacheOutage(f"redis: {str(exc) or type(exc).__name__}") from exc
+        self._note_answer()
+
+    async def script(self, name: str, keys: list[str], args: list[Any]) -> Any:
+        """Runs a script of `lua/` in one step and one round trip (two the first time)."""
+        async with self.step() as redis:
+            return await redis.register_script(script_text(name))(keys=keys, args=args)
+
+    def _note_outage(self, exc: BaseException) -> None:
+        self._out_until = time.monotonic() + _REST_SECONDS
+        if not self._out:
+            self._out = True
+            log.warning("redis is out: %s", str(exc) or type(exc).__name__)
+
+    def _note_answer(self) -> None:
+        self._out_until = 0.0
+        if self._out:
+            self._out = False
+            log.warning("redis is back")
+
+
+async def server_facts(redis: Redis) -> Mapping[str, Any]:
+    """What `INFO` says of the server, its memory and its persistence, as one mapping."""
+    facts: dict[str, Any] = {}
+    for section in ("server", "memory", "persistence", "replication"):
+        facts.update(await redis.info(section))
+    return facts

@@ -1,0 +1,176 @@
+"""A session's value in Redis: the guide's JSON, laid out so that a script can append without decoding.
+
+    {"_c":"<version><owner><epoch><seq><chain><pending><token><first_seq><first_offset>",
+     "session_id":"...","created_at":"...","last_activity":"...","user_id":...,"messages":[
+    {...},
+    {...}]}
+
+(The head is one line in fact.) Everything before the user id has a fixed width, so a script finds each
+field by its offset; numbers are zero-padded. One message a line: a raw line break cannot occur inside a
+JSON string, so a script finds the borders by a plain search. A line that fell out of the window is blanks:
+`first_offset` is where the live ones begin, always right after a line break.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Literal
+from uuid import UUID
+
+from app.chat import ChatSession, format_time, json_text, parse_time
+from app.coherence.ports import TOKEN_ZERO, CachedValue, Entry, GuideEntry, Owner, Row
+
+VERSION = "1"
+_OWNER_LETTER: dict[Owner, Literal["p", "r"]] = {"postgres": "p", "redis": "r"}
+_LETTER_OWNER: dict[str, Owner] = {"p": "postgres", "r": "redis"}
+
+_START = '{"_c":"'
+#: The fixed part of the head: (name, width) of a field, or the text between two fields.
+_LAYOUT: tuple[tuple[str, int] | str, ...] = (
+    _START,
+    ("version", 1),
+    ("owner", 1),
+    ("epoch", 16),
+    ("seq", 10),
+    ("chain", 16),
+    ("pending", 10),
+    ("token", 16),
+    ("first_seq", 10),
+    ("first_offset", 10),
+    '","session_id":"',
+    ("session_id", 36),
+    '","created_at":"',
+    ("created_at", 24),
+    '","last_activity":"',
+    ("last_activity", 24),
+    '","user_id":',
+)
+_BEFORE_MESSAGES = b',"messages":[\n'
+_END = b"]}"
+
+
+def _offsets() -> tuple[dict[str, tuple[int, int]], int]:
+    at, fields = 0, {}
+    for part in _LAYOUT:
+        if isinstance(part, str):
+            at += len(part)
+        else:
+            name, width = part
+            fields[name] = (at, width)
+            at += width
+    return fields, at
+
+
+#: name -> (offset, width), and the offset of the user id.
+FIELDS, USER_ID_OFFSET = _offsets()
+
+#: Bytes from the start of a value that reach past the head: a user id has at most 256 characters, 1,536
+#: bytes when each is escaped.
+HEAD_BYTES_MAX = USER_ID_OFFSET + 2048
+
+_HEAD = re.compile(
+    "".join(
+        re.escape(part) if isinstance(part, str) else f"(?P<{part[0]}>.{{{part[1]}}})" for part in _LAYOUT
+    ).encode(),
+)
+
+
+def lua_offsets() -> str:
+    """The layout as Lua, put in front of each script: the only place where offsets are computed."""
+    at = ",".join(f"{name}={offset}" for name, (offset, _) in FIELDS.items())
+    width = ",".join(f"{name}={width}" for name, (_, width) in FIELDS.items())
+    return f"local at = {{{at},user_id={USER_ID_OFFSET}}}\nlocal width = {{{width}}}\n"
+
+
+def encode(row: Row, *, epoch: str, lines: Sequence[str], pending: int = 0, token: str = TOKEN_ZERO) -> bytes:
+    """The value for a session whose newest messages are `lines`."""
+    session = row.session
+    user_id = json_text(session.user_id).encode()
+    first_seq = session.message_count - len(lines) + 1
+    values = {
+        "version": VERSION,
+        "owner": _OWNER_LETTER[row.owner],
+        "epoch": epoch,
+        "seq": f"{session.message_count:010d}",
+        "chain": row.chain.hex(),
+        "pending": f"{pending:010d}",
+        "token": token,
+        "first_seq": f"{first_seq:010d}",
+        "first_offset": f"{USER_ID_OFFSET + len(user_id) + len(_BEFORE_MESSAGES):010d}",
+        "session_id": str(session.session_id),
+        "created_at": format_time(session.created_at),
+        "last_activity": format_time(session.last_activity),
+    }
+    head = "".join(part if isinstance(part, str) else values[part[0]] for part in _LAYOUT)
+    return b"".join((head.encode(), user_id, _BEFORE_MESSAGES, ",\n".join(lines).encode(), _END))
+
+
+def decode(value: bytes, session_id: UUID) -> CachedValue:
+    """Takes a value apart. None where it is not a session's value, or another session's.
+
+    The last is what a socket that carries somebody else's reply looks like (OpenAI, 20 March 2023).
+    """
+    if value.startswith(_START.encode()):
+        try:
+            entry = _decode_entry(value)
+        except (ValueError, KeyError):
+            return None
+        return entry if entry.session.session_id == session_id else None
+    return _decode_guide(value, session_id)
+
+
+def decode_head(head: bytes, session_id: UUID) -> ChatSession | None:
+    """The session out of the first bytes of its value, which must reach past the user id."""
+    if not (match := _HEAD.match(head)):
+        return None
+    session = _session(match, head[match.end() : head.index(b"\n")])
+    return session if session.session_id == session_id else None
+
+
+def _session(match: re.Match[bytes], rest_of_head: bytes) -> ChatSession:
+    return ChatSession(
+        session_id=UUID(match["session_id"].decode()),
+        user_id=json.loads(rest_of_head.removesuffix(_BEFORE_MESSAGES.rstrip(b"\n"))),
+        created_at=parse_time(match["created_at"].decode()),
+        last_activity=parse_time(match["last_activity"].decode()),
+        message_count=int(match["seq"]),
+        first_available_seq=int(match["first_seq"]) if match["owner"] == b"r" else 1,
+    )
+
+
+def _decode_entry(value: bytes) -> Entry:
+    match = _HEAD.match(value)
+    if match is None or match["version"] != VERSION.encode():
+        raise ValueError("head")
+    session = _session(match, value[match.end() : value.index(b"\n")])
+    first_seq, first_offset = int(match["first_seq"]), int(match["first_offset"])
+    body = value[first_offset : -len(_END)]
+    line_count = body.count(b"\n") + 1 if body else 0
+    # A torn or hand-edited value is no session: its head and its lines must agree.
+    if (
+        value[first_offset - 1 : first_offset] != b"\n"
+        or not value.endswith(_END)
+        or session.message_count - first_seq + 1 != line_count
+    ):
+        raise ValueError("body")
+    return Entry(
+        owner=_LETTER_OWNER[match["owner"].decode()],
+        epoch=match["epoch"].decode(),
+        chain=bytes.fromhex(match["chain"].decode()),
+        pending=int(match["pending"]),
+        token=match["token"].decode(),
+        first_seq=first_seq,
+        session=session,
+        body=body,
+    )
+
+
+def _decode_guide(value: bytes, session_id: UUID) -> GuideEntry | None:
+    try:
+        fields = json.loads(value)
+        found = UUID(fields["session_id"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    if found != session_id or not isinstance(fields.get("messages"), list):
+        return None
+    return GuideEntry(session_id=session_id)

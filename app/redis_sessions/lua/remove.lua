@@ -1,0 +1,14 @@
+-- remove(session) -> 1 removed or absent | 0 Redis owns it, left alone
+--
+-- KEYS[1]  session:{id}    string, see codec.py; anything else that stands there goes too
+--
+-- Safe to repeat and to arrive late: the caller holds the session's row lock or knows that it has no row,
+-- and ids are never used twice.
+-- The SET before the UNLINK is a touch: a bare DEL of an absent key does not abort the EXEC of a reader
+-- that WATCHes it, so a fill that began before a delete would bring the session back.
+
+local head = read_head()
+if head and head ~= '' and ours(head) and field(head, 'owner') == 'r' then return 0 end
+redis.call('SET', key, '')
+redis.call('UNLINK', key)
+return 1
