@@ -1,0 +1,39 @@
+"""What every answer about a session says in its headers, and the history's body."""
+
+from collections.abc import Mapping
+
+from app.chat import json_text
+from app.store import CURRENT, Freshness, History
+
+
+def truth(*, seq: int | None = None, source: str, freshness: Freshness = CURRENT) -> dict[str, str]:
+    """`X-Session-Seq`, `X-Session-Source`, and the label of an answer that could not be verified."""
+    headers = {"X-Session-Source": source}
+    if seq is not None:
+        headers["X-Session-Seq"] = str(seq)
+    if freshness.age_seconds is not None:
+        headers["X-Cache-Freshness"] = f"unverified; age={freshness.age_seconds:.3f}"
+    return headers
+
+
+def history_headers(history: History) -> Mapping[str, str]:
+    seq = history.session.message_count
+    headers = truth(seq=seq, source=history.source, freshness=history.freshness)
+    if history.freshness.age_seconds is None:
+        # A tag says that the answer is known: an unverified one has none.
+        headers["ETag"] = f'"{seq}"'
+    return headers
+
+
+def history_body(history: History) -> bytes:
+    """The answer, its messages as the stores keep them: no line is decoded on the way."""
+    before = history.next_before_seq
+    return "".join(
+        (
+            f'{{"session_id":{json_text(str(history.session.session_id))},"messages":[',
+            ",".join(history.lines),
+            f'],"total_messages":{history.session.message_count}',
+            f',"first_available_seq":{history.session.first_available_seq}',
+            f',"next_before_seq":{before}}}' if before is not None else "}",
+        )
+    ).encode()

@@ -1,0 +1,83 @@
+"""The application: routes, errors, documentation, and the lifespan that opens and closes everything."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypedDict
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse
+from starlette.staticfiles import StaticFiles
+
+from app import __version__
+from app.api import health, problems, sessions
+from app.settings import Settings
+from app.wiring import Runtime, open_runtime
+
+_DESCRIPTION = """
+Chat sessions that survive: every message is in PostgreSQL before it is acknowledged, and in Redis for the
+next read. Errors are problem documents (RFC 9457) with a stable `code`.
+
+`X-Session-Seq` is the seq of the session's last message, `X-Session-Source` the store that answered.
+"""
+
+
+_PROBLEM = {"$ref": "#/components/schemas/Problem"}
+
+
+class State(TypedDict):
+    runtime: Runtime
+
+
+def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
+    """The application for settings whose URLs are set. `embedded` is only reported."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+        async with open_runtime(settings, embedded=embedded) as runtime:
+            yield {"runtime": runtime}
+
+    app = FastAPI(
+        title="Chat sessions",
+        version=__version__,
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+    )
+    problems.install(app)
+    app.include_router(sessions.router)
+    app.include_router(health.router)
+    # From this service itself: a browser asks no other host for anything.
+    app.mount("/docs/assets", StaticFiles(directory=Path(__file__).parent / "swagger_ui"), name="swagger")
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="Chat sessions: API",
+            swagger_js_url="/docs/assets/swagger-ui-bundle.js",
+            swagger_css_url="/docs/assets/swagger-ui.css",
+            swagger_favicon_url="data:,",
+        )
+
+    app.openapi = lambda: _described(app)  # type: ignore[method-assign]  # the documented way
+    return app
+
+
+def _described(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI description; FastAPI would call every error `application/json`."""
+    if app.openapi_schema is None:
+        schema = get_openapi(
+            title=app.title, version=app.version, description=app.description, routes=app.routes
+        )
+        for calls in schema["paths"].values():
+            for call in calls.values():
+                for answer in call["responses"].values():
+                    content = answer.get("content", {})
+                    if content.get("application/json", {}).get("schema") == _PROBLEM:
+                        content["application/problem+json"] = content.pop("application/json")
+        app.openapi_schema = schema
+    return app.openapi_schema

@@ -1,0 +1,246 @@
+"""What a request brings: its body, its user, its conditions, each checked once and refused by name."""
+
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from http import HTTPStatus
+from typing import Annotated, Any, Generic, TypeVar
+from urllib.parse import unquote_to_bytes
+from uuid import UUID
+
+from fastapi import Depends, Header, Query, Request
+from pydantic import BaseModel, ValidationError
+
+from app.api import strict_json
+from app.api.problems import RequestRefused, refused_field
+from app.chat import json_text
+from app.store import Cursor
+from app.wiring import Runtime
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+_CURSOR = re.compile(r"(\d{1,15})\.([0-9a-f]{32})", re.ASCII)
+# The year 10000: no datetime of Python's reaches it.
+_CURSOR_MS_END = 253_402_300_800_000
+_TAG = re.compile(r'"(0|[1-9]\d{0,9})"', re.ASCII)
+
+
+def runtime_of(request: Request) -> Runtime:
+    runtime: Runtime = request.state.runtime
+    return runtime
+
+
+Served = Annotated[Runtime, Depends(runtime_of)]
+
+
+def readable_query(request: Request) -> None:
+    """Refuses what the framework would change in silence: bytes that are no UTF-8, a parameter given twice."""
+    names: set[str] = set()
+    for pair in request.scope["query_string"].split(b"&"):
+        try:
+            name, _, _ = unquote_to_bytes(pair.replace(b"+", b" ")).decode().partition("=")
+        except UnicodeDecodeError as exc:
+            raise refused_field("text_not_storable", "query", "holds bytes that are no UTF-8") from exc
+        if pair and name in names:
+            raise refused_field("duplicate_parameter", f"query.{name}", "is given twice")
+        names.add(name)
+
+
+def _storable_user(user_id: str | None, runtime: Runtime) -> str | None:
+    if user_id is None:
+        return None
+    if flaw := strict_json.text_flaw(user_id):
+        raise refused_field("text_not_storable", "query.user_id", flaw)
+    longest = runtime.settings.user_id_characters_max
+    if len(user_id) > longest:
+        raise refused_field(
+            "user_id_too_long", "query.user_id", f"has {len(user_id)} characters, at most {longest} are kept"
+        )
+    return user_id
+
+
+def owner(
+    runtime: Served,
+    user_id: Annotated[
+        str,
+        Query(min_length=1, max_length=256, description="whose sessions", examples=["user123"]),
+    ],
+) -> str:
+    return _storable_user(user_id, runtime) or ""
+
+
+def caller(
+    runtime: Served,
+    user_id: Annotated[
+        str | None,
+        Query(
+            min_length=1,
+            max_length=256,
+            description="where given, it must own the session: else 404",
+            examples=["user123"],
+        ),
+    ] = None,
+) -> str | None:
+    return _storable_user(user_id, runtime)
+
+
+Owner = Annotated[str, Depends(owner)]
+Caller = Annotated[str | None, Depends(caller)]
+
+
+def idempotency_key(
+    idempotency_key: Annotated[
+        str | None,
+        Header(
+            description="1 to 255 visible ASCII characters, scoped to the session: a retry with the same key "
+            "and body appends nothing and answers with the stored result",
+            examples=["7f9c24e8"],
+        ),
+    ] = None,
+) -> str | None:
+    if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
+        raise refused_field(
+            "idempotency_key_malformed",
+            "header.Idempotency-Key",
+            "should be 1 to 255 visible ASCII characters",
+        )
+    return idempotency_key
+
+
+def if_match(
+    if_match: Annotated[
+        str | None,
+        Header(description='`"N"`: append only if the session\'s last message has seq N', examples=['"2"']),
+    ] = None,
+) -> int | None:
+    if if_match is None:
+        return None
+    if not (tag := _TAG.fullmatch(if_match.strip())):
+        raise refused_field(
+            "if_match_malformed", "header.If-Match", 'should be one strong tag with a seq, such as "2"'
+        )
+    return int(tag[1])
+
+
+Key = Annotated[str | None, Depends(idempotency_key)]
+IfMatch = Annotated[int | None, Depends(if_match)]
+
+
+def seen_seqs(request: Request) -> tuple[set[int], bool]:
+    """The seqs that `If-None-Match` names, by weak comparison, and whether it is `*`."""
+    tags = request.headers.get("if-none-match", "")
+    parts = [part.strip().removeprefix("W/") for part in tags.split(",")]
+    return {int(tag[1]) for part in parts if (tag := _TAG.fullmatch(part))}, "*" in parts
+
+
+@dataclass(frozen=True, slots=True)
+class Body(Generic[_Model]):
+    """A request's body as it was sent and as it was read."""
+
+    model: _Model
+    _sent: Any
+
+    def digest(self, call: str) -> str:
+        """Names the request: the same for the same call with the same JSON, however that was spelled."""
+        canonical = json_text(_sorted(self._sent))
+        return hashlib.blake2b(f"{call}\n{canonical}".encode(), digest_size=16).hexdigest()
+
+
+def _sorted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _sorted(value[key]) for key in sorted(value)}
+    return [_sorted(child) for child in value] if isinstance(value, list) else value
+
+
+def json_body(model: type[_Model]) -> Callable[..., Awaitable[Body[_Model]]]:
+    """A dependency that reads, parses and validates the body; `requestBody` of the route describes it."""
+
+    async def read(request: Request, runtime: Served) -> Body[_Model]:
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json" and not content_type.endswith("+json"):
+            raise RequestRefused(
+                "unsupported_media_type",
+                f"header.Content-Type: is {content_type or 'missing'}, should be application/json",
+                status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            )
+        sent = strict_json.parse(await _read_bounded(request, runtime.settings.request_body_bytes_max))
+        try:
+            return Body(model.model_validate(sent), sent)
+        except ValidationError as exc:
+            errors = [
+                {
+                    "path": ".".join(["body", *(str(part) for part in error["loc"])]),
+                    "code": error["type"],
+                    "detail": error["msg"].removeprefix("Value error, "),
+                }
+                for error in exc.errors()
+            ]
+            raise RequestRefused(
+                "validation_failed",
+                "; ".join(f"{error['path']}: {error['detail']}" for error in errors),
+                errors=errors,
+            ) from exc
+
+    return read
+
+
+async def _read_bounded(request: Request, bytes_max: int) -> bytes:
+    """The body, or a refusal before more than the bound was read of it."""
+    too_large = RequestRefused(
+        "body_too_large",
+        f"body: has more than {bytes_max} bytes (REQUEST_BODY_BYTES_MAX)",
+        status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+    )
+    if int(request.headers.get("content-length", 0)) > bytes_max:
+        raise too_large
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > bytes_max:
+            raise too_large
+    return bytes(body)
+
+
+def request_body(model: type[BaseModel]) -> dict[str, Any]:
+    """The `requestBody` of a route whose body is read by `json_body`, with its definitions in place."""
+    schema = model.model_json_schema()
+    definitions = schema.pop("$defs", {})
+
+    def in_place(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return in_place(definitions[value["$ref"].rpartition("/")[2]])
+            return {key: in_place(child) for key, child in value.items()}
+        return [in_place(child) for child in value] if isinstance(value, list) else value
+
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": in_place(schema)}}}}
+
+
+def cursor_text(cursor: Cursor) -> str:
+    return f"{round(cursor.created_at.timestamp() * 1000)}.{cursor.session_id.hex}"
+
+
+def cursor_of(
+    after: Annotated[
+        str | None,
+        Query(description="the `next` of the page before", examples=["1763116200123.01998f2e5b7c"]),
+    ] = None,
+) -> Cursor | None:
+    if after is None:
+        return None
+    place = _CURSOR.fullmatch(after)
+    milliseconds = int(place[1]) if place else _CURSOR_MS_END
+    if place is None or milliseconds >= _CURSOR_MS_END:
+        raise refused_field(
+            "unknown_cursor", "query.after", "is no cursor of ours: take it from `next` of a page"
+        )
+    moment = datetime.fromtimestamp(milliseconds // 1000, UTC)
+    return Cursor(
+        created_at=moment.replace(microsecond=milliseconds % 1000 * 1000), session_id=UUID(place[2])
+    )
+
+
+After = Annotated[Cursor | None, Depends(cursor_of)]

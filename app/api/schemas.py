@@ -1,0 +1,212 @@
+"""What is sent and answered. The only pydantic models besides the settings."""
+
+import re
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
+
+from app.chat import ChatSession, Role, format_time
+from app.store import SessionPage
+
+_ID = "01998f2e-5b7c-7d3a-9f10-2b6d4c8e1a55"
+_TIME = "2025-11-14T10:30:00.123Z"
+
+#: Before it no chat of ours was had; a client's clock that says so is wrong.
+TIMESTAMP_FIRST = datetime(2000, 1, 1, tzinfo=UTC)
+TIMESTAMP_AHEAD_MAX = timedelta(days=1)
+
+
+def _plausible(moment: datetime) -> datetime:
+    try:
+        utc = moment.astimezone(UTC)
+    except OverflowError as exc:
+        raise ValueError("is beyond the calendar") from exc
+    if not TIMESTAMP_FIRST <= utc <= datetime.now(UTC) + TIMESTAMP_AHEAD_MAX:
+        raise ValueError("should lie between the year 2000 and a day ahead")
+    return utc
+
+
+_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def _rfc3339(value: object) -> object:
+    # pydantic would take a number for seconds since 1970, or a date for its midnight.
+    if not isinstance(value, str) or not _RFC3339.fullmatch(value):
+        raise ValueError("should be RFC 3339, such as 2025-11-14T10:30:00.123Z")
+    return value
+
+
+Timestamp = Annotated[datetime, BeforeValidator(_rfc3339), AfterValidator(_plausible)]
+Metadata = Annotated[
+    dict[str, Any],
+    Field(description="any JSON object; kept as it was sent", examples=[{"source": "web"}]),
+]
+
+
+class _Closed(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class MessageIn(_Closed):
+    """A user's message that the assistant is asked to answer."""
+
+    message: StrictStr = Field(
+        description="the user's words: at least one character that is not white space",
+        examples=["Điều kiện tham gia đấu thầu?"],
+        min_length=1,
+    )
+    metadata: Metadata | None = None
+
+
+class RecordIn(_Closed):
+    """A message that was produced elsewhere."""
+
+    role: Role
+    content: StrictStr = Field(description="may be empty", examples=["Theo Luật Đấu thầu 2023..."])
+    timestamp: Timestamp | None = Field(
+        None,
+        description="when it was said: RFC 3339 with any offset, from the year 2000 to a day ahead; "
+        "default: now",
+        examples=["2025-11-14T17:30:00+07:00"],
+    )
+    metadata: Metadata | None = None
+
+
+class RecordsIn(_Closed):
+    """Messages to append, all or none."""
+
+    messages: list[RecordIn] = Field(min_length=1)
+
+
+class CreatedOut(BaseModel):
+    session_id: str = Field(examples=[_ID])
+    created_at: str = Field(examples=[_TIME])
+
+    @classmethod
+    def of(cls, session: ChatSession) -> Self:
+        return cls(session_id=str(session.session_id), created_at=format_time(session.created_at))
+
+
+class SessionOut(CreatedOut):
+    user_id: str = Field(examples=["user123"])
+    last_activity: str = Field(examples=[_TIME])
+    total_messages: int = Field(description="the seq of its last message", examples=[2])
+    first_available_seq: int = Field(
+        description="where its readable history begins: beyond 1 only in Redis-only mode", examples=[1]
+    )
+
+    @classmethod
+    def of(cls, session: ChatSession) -> Self:
+        return cls(
+            session_id=str(session.session_id),
+            created_at=format_time(session.created_at),
+            user_id=session.user_id,
+            last_activity=format_time(session.last_activity),
+            total_messages=session.message_count,
+            first_available_seq=session.first_available_seq,
+        )
+
+
+class AnswerOut(BaseModel):
+    session_id: str = Field(examples=[_ID])
+    user_message: str = Field(examples=["Điều kiện tham gia đấu thầu?"])
+    assistant_response: str = Field(examples=["Theo Luật Đấu thầu 2023..."])
+    sources: list[str] = Field(examples=[["doc1", "doc2"]])
+    processing_time_ms: int = Field(description="how long the assistant thought", examples=[3500])
+
+
+class AppendedOut(BaseModel):
+    session_id: str = Field(examples=[_ID])
+    first_seq: int = Field(examples=[3])
+    last_seq: int = Field(examples=[4])
+
+
+class MessageOut(BaseModel):
+    role: Role
+    content: str
+    timestamp: str = Field(examples=[_TIME])
+    metadata: dict[str, Any]
+    seq: int = Field(description="its place in the session, from 1")
+    message_id: str
+
+
+class HistoryOut(BaseModel):
+    session_id: str = Field(examples=[_ID])
+    messages: list[MessageOut] = Field(description="oldest first")
+    total_messages: int = Field(description="all messages of the session")
+    first_available_seq: int = Field(description="where the readable history begins")
+    next_before_seq: int | None = Field(
+        None, description="`before_seq` of the page before this one; absent at the start"
+    )
+
+
+class ListedOut(CreatedOut):
+    user_id: str
+    last_activity: str
+    total_messages: int
+
+
+class SessionsOut(BaseModel):
+    sessions: list[ListedOut] = Field(description="newest first")
+    total: int = Field(description="all that match, on every page")
+    next: str | None = Field(None, description="`after` of the next page; absent at the end")
+
+    @classmethod
+    def of(cls, page: SessionPage, next_cursor: str | None) -> dict[str, Any]:
+        listed = [
+            {
+                "session_id": str(session.session_id),
+                "created_at": format_time(session.created_at),
+                "user_id": session.user_id,
+                "last_activity": format_time(session.last_activity),
+                "total_messages": session.message_count,
+            }
+            for session in page.sessions
+        ]
+        return {
+            "sessions": listed,
+            "total": page.total,
+            **({"next": next_cursor} if next_cursor is not None else {}),
+        }
+
+
+class DeletedOut(BaseModel):
+    message: str = Field(examples=[f"Session {_ID} deleted"])
+
+
+class StoreOut(BaseModel):
+    status: Literal["pass", "warn", "fail"]
+    state: str
+
+
+class ReadyOut(BaseModel):
+    status: Literal["pass", "warn", "fail"]
+    mode: Literal["hybrid", "redis-only", "postgres"]
+    embedded: bool
+    version: str
+    stores: dict[str, StoreOut]
+
+
+class LiveOut(BaseModel):
+    status: Literal["pass"] = "pass"
+    version: str
+
+
+class FieldProblem(BaseModel):
+    path: str
+    code: str
+    detail: str
+
+
+class Problem(BaseModel):
+    """RFC 9457."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="stable; what programs read")
+    hint: str | None = None
+    errors: list[FieldProblem] | None = Field(None, description="a 422 names each field")
+    current_seq: int | None = Field(None, description="of a 412")

@@ -1,0 +1,168 @@
+"""Every setting: its name, its default, what it may be. Read once, here and nowhere else.
+
+Values come from the environment and, below it, from `.env` in the working directory.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.errors import StartRefused
+
+KIB = 1024
+MIB = 1024 * 1024
+
+_Whole = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+
+class Settings(BaseSettings):
+    """A field's name in capitals is the variable's name; its description is the line in the README."""
+
+    model_config = SettingsConfigDict(env_file=".env", env_file_encoding="utf-8", extra="ignore", frozen=True)
+
+    # The guide's own, with its defaults.
+    enable_redis_sessions: bool = Field(default=True, description="false: PostgreSQL alone, no Redis at all")
+    session_ttl_seconds: Annotated[int, Field(ge=1, le=10 * 366 * 86400)] = Field(
+        3600, description="how long a session lives in Redis after its last use, and counts as active"
+    )
+    session_max_messages: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        100,
+        description="the newest messages that Redis holds of a session, and the default page of a history",
+    )
+    redis_db_sessions: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        1, description="the Redis database of the sessions"
+    )
+
+    # The stores.
+    redis_only_mode: bool | None = Field(
+        None, description="true: the guide's system, Redis alone is the source of truth"
+    )
+    database_url: str | None = Field(
+        None, description="postgresql://user:password@host:5432/database; unset: an embedded server"
+    )
+    redis_url: str | None = Field(None, description="redis://host:6379; unset: an embedded server")
+    redis_db_aux: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
+        2, description="the Redis database of everything but sessions (Redis-only mode)"
+    )
+    redis_timeout_ms: Annotated[int, Field(ge=1, le=60_000)] = Field(
+        250, description="nobody waits longer for Redis in hybrid mode"
+    )
+    database_pool_size: Annotated[int, Field(ge=1, le=500)] = Field(
+        8, description="PostgreSQL connections of a worker"
+    )
+    database_pooler: Literal["none", "transaction"] = Field(
+        "none", description="`transaction` behind pgbouncer in transaction mode"
+    )
+    cache_verify: Literal["always"] = Field(
+        "always", description="every cached read is compared with its row in PostgreSQL"
+    )
+    pg_outage_reads: Literal["serve", "refuse"] = Field(
+        "serve", description="while PostgreSQL is out: serve cached history, labelled, or refuse it"
+    )
+    data_dir: Path = Field(Path(".data"), description="where embedded servers keep their data")
+
+    # The service.
+    host: str = Field("127.0.0.1", description="the address to listen on")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="the port to listen on")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
+
+    # The assistant.
+    assistant: str = Field(
+        "documents", description="`documents`, `openai`, or your own as `package.module:factory`"
+    )
+    assistant_timeout_seconds: Annotated[float, Field(gt=0, le=3600)] = Field(
+        60, description="the deadline of an answer; later is 504"
+    )
+    documents_dir: Path | None = Field(
+        None, description="the folder that `documents` answers from; unset: this project's documentation"
+    )
+    openai_base_url: str = Field(
+        "https://api.openai.com/v1",
+        description="an OpenAI-compatible endpoint: vLLM, Ollama, llama.cpp, OpenAI",
+    )
+    openai_api_key: str | None = Field(None, description="its key, where it wants one", repr=False)
+    openai_model: str | None = Field(None, description="the model to ask; needed for `openai`")
+
+    # Bounds.
+    session_window_bytes_max: _Whole = Field(
+        MIB, description="the newest messages that Redis holds of a session, in bytes (hybrid mode)"
+    )
+    session_bytes_max: _Whole = Field(
+        8 * MIB, description="a session's size in Redis-only mode; beyond is 413"
+    )
+    message_content_bytes_max: _Whole = Field(256 * KIB, description="a message's content")
+    message_metadata_bytes_max: _Whole = Field(16 * KIB, description="a message's metadata as JSON")
+    message_metadata_levels_max: Annotated[int, Field(ge=1, le=500)] = Field(
+        32, description="how deep a message's metadata may be nested"
+    )
+    append_messages_max: Annotated[int, Field(ge=1, le=10_000)] = Field(
+        100, description="messages of one append"
+    )
+    request_body_bytes_max: _Whole = Field(MIB, description="a request's body; beyond is 413")
+    # The layout in Redis finds a user id's end within 2 KiB: 256 characters, six bytes each when escaped.
+    user_id_characters_max: Annotated[int, Field(ge=1, le=256)] = Field(256, description="a user id")
+
+    @field_validator("redis_only_mode", "database_url", "redis_url", "documents_dir", mode="before")
+    @classmethod
+    def _empty_is_unset(cls, value: object) -> object:
+        """`NAME=` in a .env file or a compose file means: not given."""
+        return None if value == "" else value
+
+    @field_validator("database_url")
+    @classmethod
+    def _postgresql(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in {"postgresql", "postgresql+asyncpg"}:
+            raise ValueError("should be postgresql://user:password@host:5432/database")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).scheme not in {"redis", "rediss", "unix"}:
+            raise ValueError("should be redis://host:6379 (rediss:// for TLS, unix:// for a socket)")
+        return value
+
+    @model_validator(mode="after")
+    def _one_source_of_truth(self) -> Self:
+        if self.redis_only_mode and not self.enable_redis_sessions:
+            raise ValueError(
+                "REDIS_ONLY_MODE=true needs Redis, and ENABLE_REDIS_SESSIONS=false takes it away: set one of them"
+            )
+        if self.redis_db_sessions == self.redis_db_aux:
+            raise ValueError(
+                f"REDIS_DB_SESSIONS and REDIS_DB_AUX are both {self.redis_db_aux}: DBSIZE of the first is "
+                "the number of sessions, so nothing else may live there"
+            )
+        return self
+
+
+def read_settings(**overrides: object) -> Settings:
+    """The settings of this process. Raises `StartRefused` that names each wrong one and what would be right."""
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks them
+    except ValidationError as exc:
+        raise StartRefused("\n".join(_explain(error) for error in exc.errors())) from exc
+
+
+def migration_database_url() -> str:
+    """DATABASE_URL, for `alembic`: it alone is needed there."""
+    url = read_settings().database_url
+    if url is None:
+        raise StartRefused(
+            "DATABASE_URL is not set", hint="export DATABASE_URL=postgresql://user:password@host/db"
+        )
+    return url
+
+
+def _explain(error: object) -> str:
+    fields = dict(error)  # type: ignore[call-overload]  # pydantic's ErrorDetails
+    message = str(fields["msg"]).removeprefix("Value error, ")
+    name = ".".join(str(part) for part in fields["loc"]).upper()
+    if not name:
+        return message
+    # A URL holds a password: its value stays out of the log.
+    shown = "" if name.endswith(("_URL", "_KEY")) else f"={fields['input']}"
+    return f"{name}{shown}: {message[0].lower()}{message[1:]}"
