@@ -141,3 +141,15 @@ class StartRefused(ChatError):
     """the service can't start as it is set up"""
 
     code = "start_refused"
+
+
+class UnknownReport(ChatError):
+    """there is no report of that name"""
+
+    code = "unknown_report"
+
+
+class RangeRefused(ChatError):
+    """a report can't be made over that range of time"""
+
+    code = "range_refused"

@@ -4,13 +4,13 @@ import asyncio
 from logging.config import fileConfig
 
 from alembic import context
-from app.settings import migration_database_url
 from sqlalchemy import Connection, pool, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.errors import StartRefused
 from app.postgres.engine import sqlalchemy_url
 from app.postgres.tables import SCHEMA, metadata
+from app.settings import migration_database_url
 
 config = context.config
 

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import date
 from typing import Any, Literal
 
 import asyncpg
@@ -25,6 +26,9 @@ STATEMENT_TIMEOUT_SECONDS = 3.0
 COMMAND_TIMEOUT_SECONDS = STATEMENT_TIMEOUT_SECONDS + 1.0
 
 CONNECT_TIMEOUT_SECONDS = 2.0
+
+#: PostgreSQL counts days from here.
+_POSTGRES_DAY_ZERO = date(2000, 1, 1).toordinal()
 
 # One round trip. SET LOCAL, because start-up parameters do not survive a transaction pooler.
 # `synchronous_commit`: whatever the role says, an acknowledged write is on disk.
@@ -70,6 +74,19 @@ def create_engine(
         pool_use_lifo=True,
         connect_args=connect_args,
     )
+
+    @event.listens_for(engine.sync_engine, "connect")
+    def keep_dates(dbapi_connection: Any, _record: object) -> None:
+        # asyncpg sends Python's first day, our month of ids without a time, as -infinity.
+        dbapi_connection.run_async(
+            lambda driver: driver.set_type_codec(
+                "date",
+                schema="pg_catalog",
+                format="tuple",
+                encoder=lambda day: (day.toordinal() - _POSTGRES_DAY_ZERO,),
+                decoder=lambda days: date.fromordinal(days[0] + _POSTGRES_DAY_ZERO),
+            )
+        )
 
     @event.listens_for(engine.sync_engine, "checkout")
     def refuse_closed(dbapi_connection: Any, _record: object, _proxy: object) -> None:

@@ -51,7 +51,8 @@ async def make_partitions(database: Database, months: list[date]) -> list[str]:
 
 
 async def _make(database: Database, month: date) -> bool:
-    name, until = partition_name(month), next_month(month)
+    # As text: the month after the last one that a UUIDv7 has here is beyond Python's calendar.
+    name, until = partition_name(month), f"{month.year + month.month // 12:04}-{month.month % 12 + 1:02}-01"
     async with database.transaction() as conn:
         await conn.execute("SET LOCAL lock_timeout = '2s'")
         await conn.execute("SELECT pg_advisory_xact_lock($1)", _LOCK)

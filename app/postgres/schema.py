@@ -5,6 +5,7 @@ from pathlib import Path
 from secrets import token_hex
 
 import asyncpg
+from sqlalchemy.exc import DBAPIError
 
 from app.coherence.ports import PROTOCOL, CacheState, Mode
 from app.errors import StartRefused
@@ -38,16 +39,27 @@ async def require_revision(database: Database) -> None:
 
 
 def upgrade(database_url: str, revision: str = "head") -> None:
-    """Brings a database to a revision. Blocking, and not for a running event loop: Alembic is both."""
+    """Brings a database to a revision. Blocking, and not for a running event loop: Alembic is both.
+
+    Raises `StartRefused` where PostgreSQL or the database's own revision stands against it.
+    """
     from alembic import command  # noqa: PLC0415 - 0.2 s that only a migration should pay
     from alembic.config import Config  # noqa: PLC0415
+    from alembic.util import CommandError  # noqa: PLC0415
 
     config = Config(os.fspath(PROJECT / "alembic.ini"))
     # Keeps the logging of the process that called: alembic.ini's own is for its command line.
     config.config_file_name = None
     config.set_main_option("script_location", os.fspath(PROJECT / "migrations"))
     config.attributes["database_url"] = database_url
-    command.upgrade(config, revision)
+    try:
+        command.upgrade(config, revision)
+    except (CommandError, DBAPIError, OSError) as exc:
+        cause = (exc.orig.__cause__ or exc.orig) if isinstance(exc, DBAPIError) and exc.orig else exc
+        raise StartRefused(
+            f"the schema was not upgraded: {cause}",
+            hint="a revision is kept whole or not at all: settle this and run it again",
+        ) from exc
 
 
 async def claim_state(database: Database, *, redis_only: bool | None) -> CacheState:
@@ -76,7 +88,12 @@ async def claim_state(database: Database, *, redis_only: bool | None) -> CacheSt
             f"the database is served by coherence protocol {state.protocol}, this version speaks {PROTOCOL}",
             hint="run the same version everywhere",
         )
-    if state.mode == "draining" or (redis_only is not None and state.mode != wanted):
+    if state.mode == "draining":
+        raise StartRefused(
+            "this database is in mode draining: its sessions are being taken over from Redis",
+            hint="finish that with the version that began it",
+        )
+    if redis_only is not None and state.mode != wanted:
         raise StartRefused(
             f"REDIS_ONLY_MODE={str(bool(redis_only)).lower()} asks for mode {wanted}, "
             f"but this database is in mode {state.mode}",

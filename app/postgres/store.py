@@ -56,6 +56,9 @@ from app.store import (
 
 _SEQ_MAX = 2**31 - 1
 
+#: A cached read waits no longer for its row: then PostgreSQL counts as out.
+LOOKUP_TIMEOUT_SECONDS = 1.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Locked:
@@ -211,7 +214,7 @@ class PostgresChatSessionStore:
 
     async def lookup(self, session_id: UUID) -> tuple[Row | None, CacheState]:
         async with self._database.connection() as conn:
-            record = await conn.fetchrow(statements.LOOKUP, session_id)
+            record = await conn.fetchrow(statements.LOOKUP, session_id, timeout=LOOKUP_TIMEOUT_SECONDS)
         if record is None:
             raise DurableStoreUnavailable("chat.cache_state is empty", hint="start the service once")
         return (row_of(record) if record["session_id"] is not None else None), state_of(record)

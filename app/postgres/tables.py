@@ -51,7 +51,12 @@ Index(
     chat_sessions.c.session_id.desc(),
 )
 # On PostgreSQL 16 and later only: there it leaves an update of `last_activity` HOT.
-Index("chat_sessions_last_activity_idx", chat_sessions.c.last_activity, postgresql_using="brin")
+Index(
+    "chat_sessions_last_activity_idx",
+    chat_sessions.c.last_activity,
+    postgresql_using="brin",
+    postgresql_with={"autosummarize": "on"},
+)
 
 chat_messages = Table(
     "chat_messages",
@@ -80,7 +85,12 @@ chat_messages = Table(
     ),
     postgresql_partition_by="RANGE (session_month)",
 )
-Index("chat_messages_created_at_idx", chat_messages.c.created_at, postgresql_using="brin")
+Index(
+    "chat_messages_created_at_idx",
+    chat_messages.c.created_at,
+    postgresql_using="brin",
+    postgresql_with={"pages_per_range": 32, "autosummarize": "on"},
+)
 
 cache_state = Table(
     "cache_state",

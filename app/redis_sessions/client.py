@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -115,11 +115,3 @@ class BoundedRedis:
         if self._out:
             self._out = False
             log.warning("redis is back")
-
-
-async def server_facts(redis: Redis) -> Mapping[str, Any]:
-    """What `INFO` says of the server, its memory and its persistence, as one mapping."""
-    facts: dict[str, Any] = {}
-    for section in ("server", "memory", "persistence", "replication"):
-        facts.update(await redis.info(section))
-    return facts

@@ -123,7 +123,10 @@ def decode_head(head: bytes, session_id: UUID) -> ChatSession | None:
     """The session out of the first bytes of its value, which must reach past the user id."""
     if not (match := _HEAD.match(head)):
         return None
-    session = _session(match, head[match.end() : head.index(b"\n")])
+    try:
+        session = _session(match, head[match.end() : head.index(b"\n")])
+    except ValueError:
+        return None
     return session if session.session_id == session_id else None
 
 

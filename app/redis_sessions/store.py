@@ -363,8 +363,13 @@ class RedisChatSessionStore:
             pipe = redis.pipeline(transaction=False)
             for name in names:
                 pipe.getrange(f"session:{name}", 0, HEAD_BYTES_MAX)
-            heads = await pipe.execute()
-        sessions = (decode_head(head, UUID(name)) for name, head in zip(names, heads, strict=True))
+            # A key of another type fails alone, and is no session.
+            heads = await pipe.execute(raise_on_error=False)
+        sessions = (
+            decode_head(head, UUID(name))
+            for name, head in zip(names, heads, strict=True)
+            if isinstance(head, bytes)
+        )
         return tuple(session for session in sessions if session is not None)
 
 

@@ -74,8 +74,9 @@ CREATE TABLE chat.chat_messages (
     CONSTRAINT chat_messages_message_id_key UNIQUE (session_id, session_month, message_id)
 ) PARTITION BY RANGE (session_month);
 
--- Serves reports over a range of time.
-CREATE INDEX chat_messages_created_at_idx ON chat.chat_messages USING brin (created_at);
+-- Serves reports over a range of time. Pages that are not summarised yet are read whole: autosummarize.
+CREATE INDEX chat_messages_created_at_idx ON chat.chat_messages USING brin (created_at)
+    WITH (pages_per_range = 32, autosummarize = on);
 
 -- Ids without a time. There is no default partition: random ids in it would block the making of new months.
 CREATE TABLE chat.chat_messages_legacy PARTITION OF chat.chat_messages
@@ -116,36 +117,62 @@ CREATE TABLE chat.instances (
 # A btree here, or any index on 15, would end HOT updates of the counter; BRIN on 16 and later does not.
 LAST_ACTIVITY_INDEX = """
 CREATE INDEX chat_sessions_last_activity_idx ON chat.chat_sessions USING brin (last_activity)
+    WITH (autosummarize = on)
 """
 
-ANALYTICS = """
+# What people write SQL against: columns are added, never renamed or removed. The joins for `user_id` are
+# left joins to a unique key, so that a query which does not ask for it never reads chat_sessions.
+ANALYTICS = r"""
 CREATE SCHEMA analytics;
+COMMENT ON SCHEMA analytics IS 'Chat sessions for reports. Views only gain columns. All times are instants.';
 
 CREATE VIEW analytics.sessions AS
 SELECT session_id, user_id, created_at, last_activity, message_count, metadata::jsonb AS metadata
 FROM chat.chat_sessions;
 COMMENT ON VIEW analytics.sessions IS 'One row a chat session.';
+COMMENT ON COLUMN analytics.sessions.user_id IS 'The user who owns the session.';
+COMMENT ON COLUMN analytics.sessions.created_at IS 'When the session was created.';
+COMMENT ON COLUMN analytics.sessions.last_activity IS 'When it was created or last appended to.';
+COMMENT ON COLUMN analytics.sessions.message_count IS 'How many messages it has, of all roles.';
 
 CREATE VIEW analytics.messages AS
 SELECT m.session_id, s.user_id, m.seq, m.message_id, m.role, m.content, m.created_at,
-       m.processing_time_ms, m.source_count, m.metadata::jsonb AS metadata
+       m.processing_time_ms, m.source_count,
+       -- jsonb has no NUL character: without this, one such message would fail every query over all of them.
+       -- What is left when escaped backslashes are gone is an escape.
+       CASE WHEN strpos(replace(m.metadata::text, '\\', ''), '\u0000') = 0 THEN m.metadata::jsonb END AS metadata
 FROM chat.chat_messages m
-JOIN chat.chat_sessions s USING (session_id);
-COMMENT ON VIEW analytics.messages IS 'One row a message; seq counts from 1 within its session.';
+LEFT JOIN chat.chat_sessions s USING (session_id);
+COMMENT ON VIEW analytics.messages IS 'One row a message.';
+COMMENT ON COLUMN analytics.messages.user_id IS 'The user who owns the session.';
+COMMENT ON COLUMN analytics.messages.seq IS 'Counts from 1 within the session, without gaps. The order of messages.';
+COMMENT ON COLUMN analytics.messages.role IS 'user, assistant, system, or tool.';
+COMMENT ON COLUMN analytics.messages.created_at IS
+    'When it was said, by the clock of whoever recorded it. Always bound it, an index serves that.';
+COMMENT ON COLUMN analytics.messages.processing_time_ms IS
+    'How long the answer took. NULL where an assistant''s metadata has no whole number for it, and for other roles.';
+COMMENT ON COLUMN analytics.messages.source_count IS
+    'How many sources the answer has. NULL where an assistant''s metadata has no list of them, and for other roles.';
+COMMENT ON COLUMN analytics.messages.metadata IS
+    'As it was sent, by value. NULL where it holds a NUL character, which jsonb can''t express.';
 
 CREATE VIEW analytics.turns AS
 SELECT q.session_id, s.user_id, q.seq AS question_seq, a.seq AS answer_seq,
        q.created_at AS asked_at, a.created_at AS answered_at,
        a.processing_time_ms, a.source_count, q.content AS question, a.content AS answer
 FROM chat.chat_messages q
-JOIN chat.chat_sessions s USING (session_id)
--- The answer is the next message, where that is the assistant's.
+LEFT JOIN chat.chat_sessions s USING (session_id)
 LEFT JOIN chat.chat_messages a
     ON a.session_id = q.session_id AND a.session_month = q.session_month AND a.seq = q.seq + 1
     AND a.role = 'assistant'
 WHERE q.role = 'user';
 COMMENT ON VIEW analytics.turns IS
-    'One row a user''s message, with the assistant''s answer where the next message is one.';
+    'One row a user''s message, with the assistant''s answer where the very next message is one.';
+COMMENT ON COLUMN analytics.turns.question_seq IS 'The user''s message in analytics.messages.';
+COMMENT ON COLUMN analytics.turns.answer_seq IS
+    'The answer in analytics.messages. NULL, like all about the answer, where there is none.';
+COMMENT ON COLUMN analytics.turns.processing_time_ms IS 'How long the answer took, where its metadata says so.';
+COMMENT ON COLUMN analytics.turns.source_count IS 'How many sources the answer has, where its metadata lists them.';
 """
 
 

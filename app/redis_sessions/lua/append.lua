@@ -36,7 +36,7 @@
 local turn_key = KEYS[2]
 local head = read_head()
 if head == '' then return {'absent'} end
-if not head or not ours(head) then return {'foreign'} end
+if not head or not intact(head) then return {'foreign'} end
 
 local body = body_offset()
 if ARGV[1] ~= '' and redis.call('GETRANGE', key, at.user_id, body - 1) ~= ARGV[1] .. ',"messages":[\n' then

@@ -7,7 +7,7 @@
 
 local head = read_head()
 if head == '' then return {'absent'} end
-if not head or not ours(head) then return {'foreign'} end
+if not head or not intact(head) then return {'foreign'} end
 local whole = redis.call('GETRANGE', key, 0, body_offset() - 1)
 if ARGV[1] ~= '' and string.sub(whole, at.user_id + 1) ~= ARGV[1] .. ',"messages":[\n' then return {'absent'} end
 redis.call('UNLINK', key)

@@ -21,6 +21,15 @@ local function ours(head)
   return string.sub(head, 1, 7) == '{"_c":"' and field(head, 'version') == '1'
 end
 
+-- Ours, with its lines where the head says: not what somebody cut or wrote over by hand. Splicing such a
+-- value would acknowledge a message that nobody can read.
+local function intact(head)
+  local first_offset = tonumber(field(head, 'first_offset'))
+  return ours(head) and tonumber(field(head, 'seq')) and tonumber(field(head, 'first_seq')) and first_offset
+    and redis.call('GETRANGE', key, first_offset - 1, first_offset - 1) == '\n'
+    and redis.call('GETRANGE', key, -2, -1) == ']}'
+end
+
 local function put(name, text)
   redis.call('SETRANGE', key, at[name], text)
 end

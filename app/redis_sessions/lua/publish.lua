@@ -21,7 +21,7 @@
 
 local head = read_head()
 if head == '' then return {'absent'} end
-if not head or not ours(head) then return {'behind'} end
+if not head or not intact(head) then return {'behind'} end
 if field(head, 'owner') == 'r' then return {'redis-owned'} end
 if field(head, 'epoch') ~= ARGV[1] or field(head, 'seq') ~= ARGV[2] or field(head, 'chain') ~= ARGV[3] then
   return {'behind'}

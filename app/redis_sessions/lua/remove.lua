@@ -9,6 +9,8 @@
 
 local head = read_head()
 if head and head ~= '' and ours(head) and field(head, 'owner') == 'r' then return 0 end
+-- It begins with PEXPIRE, so that Redis lets it write these few bytes when it is out of memory.
+redis.call('PEXPIRE', key, 1000)
 redis.call('SET', key, '')
 redis.call('UNLINK', key)
 return 1
