@@ -17,6 +17,13 @@ MIB = 1024 * 1024
 
 _Whole = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
+# In place of pydantic's own words for a text that is not of the type.
+_SHOULD_BE = {
+    "bool_parsing": "should be true or false",
+    "int_parsing": "should be a whole number",
+    "float_parsing": "should be a number",
+}
+
 
 class Settings(BaseSettings):
     """A field's name in capitals is the variable's name; its description is the line in the README."""
@@ -41,9 +48,13 @@ class Settings(BaseSettings):
         None, description="true: the guide's system, Redis alone is the source of truth"
     )
     database_url: str | None = Field(
-        None, description="postgresql://user:password@host:5432/database; unset: an embedded server"
+        None,
+        description="postgresql://user:password@host:5432/database; unset: an embedded server",
+        repr=False,
     )
-    redis_url: str | None = Field(None, description="redis://host:6379; unset: an embedded server")
+    redis_url: str | None = Field(
+        None, description="redis://host:6379; unset: an embedded server", repr=False
+    )
     redis_db_aux: Annotated[int, Field(ge=0, le=1_000_000)] = Field(
         2, description="the Redis database of everything but sessions (Redis-only mode)"
     )
@@ -85,6 +96,13 @@ class Settings(BaseSettings):
     )
     openai_api_key: str | None = Field(None, description="its key, where it wants one", repr=False)
     openai_model: str | None = Field(None, description="the model to ask; needed for `openai`")
+    openai_system_prompt: str | None = Field(None, description="what the model is told first")
+    openai_history_characters_max: _Whole = Field(
+        60_000, description="how much of the conversation the model is sent"
+    )
+    openai_retries_max: Annotated[int, Field(ge=0, le=10)] = Field(
+        2, description="how often a failed request is sent again, within the deadline"
+    )
 
     # Bounds.
     session_window_bytes_max: _Whole = Field(
@@ -105,23 +123,29 @@ class Settings(BaseSettings):
     # The layout in Redis finds a user id's end within 2 KiB: 256 characters, six bytes each when escaped.
     user_id_characters_max: Annotated[int, Field(ge=1, le=256)] = Field(256, description="a user id")
 
-    @field_validator("redis_only_mode", "database_url", "redis_url", "documents_dir", mode="before")
+    @model_validator(mode="before")
     @classmethod
-    def _empty_is_unset(cls, value: object) -> object:
-        """`NAME=` in a .env file or a compose file means: not given."""
-        return None if value == "" else value
+    def _empty_is_unset(cls, values: dict[str, object]) -> dict[str, object]:
+        """`NAME=` in the environment, a .env file or a compose file means: not given."""
+        return {name: value for name, value in values.items() if value != ""}
 
     @field_validator("database_url")
     @classmethod
     def _postgresql(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in {"postgresql", "postgresql+asyncpg"}:
+        # SQLAlchemy takes a password with any character but @ in it; urlsplit would not.
+        if value is not None and not (
+            value.partition("://")[0] in {"postgresql", "postgresql+asyncpg"}
+            and _has_a_port_or_none(f"//{value.partition('://')[2].rpartition('@')[2]}")
+        ):
             raise ValueError("should be postgresql://user:password@host:5432/database")
         return value
 
     @field_validator("redis_url")
     @classmethod
     def _redis(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).scheme not in {"redis", "rediss", "unix"}:
+        if value is not None and not (
+            _has_a_port_or_none(value) and urlsplit(value).scheme in {"redis", "rediss", "unix"}
+        ):
             raise ValueError("should be redis://host:6379 (rediss:// for TLS, unix:// for a socket)")
         return value
 
@@ -145,6 +169,8 @@ def read_settings(**overrides: object) -> Settings:
         return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks them
     except ValidationError as exc:
         raise StartRefused("\n".join(_explain(error) for error in exc.errors())) from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise StartRefused(f".env can't be read: {exc}", hint="make it a text file in UTF-8") from exc
 
 
 def migration_database_url() -> str:
@@ -157,9 +183,17 @@ def migration_database_url() -> str:
     return url
 
 
+def _has_a_port_or_none(url: str) -> bool:
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        return False
+    return True
+
+
 def _explain(error: object) -> str:
     fields = dict(error)  # type: ignore[call-overload]  # pydantic's ErrorDetails
-    message = str(fields["msg"]).removeprefix("Value error, ")
+    message = _SHOULD_BE.get(str(fields["type"]), str(fields["msg"]).removeprefix("Value error, "))
     name = ".".join(str(part) for part in fields["loc"]).upper()
     if not name:
         return message

@@ -79,6 +79,21 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
 
 
 @asynccontextmanager
+async def open_redis(settings: Settings) -> AsyncIterator[BoundedRedis]:
+    """The sessions' database of Redis. Raises `StartRefused` without REDIS_URL."""
+    if settings.redis_url is None:
+        raise StartRefused("REDIS_URL is not set", hint="export REDIS_URL=redis://host:6379")
+    timeout_seconds = settings.redis_timeout_ms / 1000
+    redis = create_redis(
+        settings.redis_url, database=settings.redis_db_sessions, timeout_seconds=timeout_seconds
+    )
+    try:
+        yield BoundedRedis(redis, timeout_seconds=timeout_seconds)
+    finally:
+        await redis.aclose()
+
+
+@asynccontextmanager
 async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIterator[Runtime]:
     """Everything that serving takes, for URLs that are set. Closed in reverse, background work first.
 
@@ -98,6 +113,10 @@ async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIt
             openai_base_url=settings.openai_base_url,
             openai_api_key=settings.openai_api_key,
             openai_model=settings.openai_model,
+            openai_system_prompt=settings.openai_system_prompt,
+            openai_history_characters_max=settings.openai_history_characters_max,
+            openai_retries_max=settings.openai_retries_max,
+            deadline_seconds=settings.assistant_timeout_seconds,
         )
         stack.push_async_callback(assistant.close)
         if database is not None:
@@ -132,9 +151,9 @@ async def _served_mode(settings: Settings, database: Database) -> ServedMode:
 async def _open_store(
     stack: AsyncExitStack, settings: Settings, mode: ServedMode, database: Database | None
 ) -> ChatSessionStore:
-    if mode != "postgres" and settings.redis_url is None:
-        raise StartRefused("REDIS_URL is not set", hint="export REDIS_URL=redis://host:6379")
     if mode == "redis-only":
+        if settings.redis_url is None:
+            raise StartRefused("REDIS_URL is not set", hint="export REDIS_URL=redis://host:6379")
         store = RedisChatSessionStore(
             redis_url=settings.redis_url,
             redis_db=settings.redis_db_sessions,
@@ -149,13 +168,8 @@ async def _open_store(
     durable = PostgresChatSessionStore(database, ttl_seconds=settings.session_ttl_seconds)
     if mode == "postgres":
         return durable
-    timeout_seconds = settings.redis_timeout_ms / 1000
-    redis = create_redis(
-        settings.redis_url or "", database=settings.redis_db_sessions, timeout_seconds=timeout_seconds
-    )
-    stack.push_async_callback(redis.aclose)
     cache = RedisSessionCache(
-        BoundedRedis(redis, timeout_seconds=timeout_seconds),
+        await stack.enter_async_context(open_redis(settings)),
         ttl_seconds=settings.session_ttl_seconds,
         messages_max=settings.session_max_messages,
         bytes_max=settings.session_window_bytes_max,

@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.openapi.docs import get_swagger_ui_html
@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 from app import __version__
 from app.api import health, problems, sessions
 from app.settings import Settings
-from app.wiring import Runtime, open_runtime
+from app.wiring import open_runtime
 
 _DESCRIPTION = """
 Chat sessions that survive: every message is in PostgreSQL before it is acknowledged, and in Redis for the
@@ -27,17 +27,14 @@ next read. Errors are problem documents (RFC 9457) with a stable `code`.
 _PROBLEM = {"$ref": "#/components/schemas/Problem"}
 
 
-class State(TypedDict):
-    runtime: Runtime
-
-
 def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
     """The application for settings whose URLs are set. `embedded` is only reported."""
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[State]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_runtime(settings, embedded=embedded) as runtime:
-            yield {"runtime": runtime}
+            app.state.runtime = runtime
+            yield
 
     app = FastAPI(
         title="Chat sessions",
@@ -47,7 +44,7 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    problems.install(app)
+    problems.install(app, [*sessions.router.routes, *health.router.routes])
     app.include_router(sessions.router)
     app.include_router(health.router)
     # From this service itself: a browser asks no other host for anything.
@@ -61,6 +58,8 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
             swagger_js_url="/docs/assets/swagger-ui-bundle.js",
             swagger_css_url="/docs/assets/swagger-ui.css",
             swagger_favicon_url="data:,",
+            # Else a page that is not on localhost sends the description to a host of Swagger's.
+            swagger_ui_parameters={"validatorUrl": None},
         )
 
     app.openapi = lambda: _described(app)  # type: ignore[method-assign]  # the documented way
@@ -75,9 +74,19 @@ def _described(app: FastAPI) -> dict[str, Any]:
         )
         for calls in schema["paths"].values():
             for call in calls.values():
+                for parameter in call.get("parameters", []):
+                    parameter["schema"] = _not_null(parameter["schema"])
                 for answer in call["responses"].values():
                     content = answer.get("content", {})
                     if content.get("application/json", {}).get("schema") == _PROBLEM:
                         content["application/problem+json"] = content.pop("application/json")
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _not_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's schema without null: one that is optional is left out, `null` would be four letters."""
+    kinds = [kind for kind in schema.get("anyOf", []) if kind != {"type": "null"}]
+    return (
+        {**{key: value for key, value in schema.items() if key != "anyOf"}, **kinds[0]} if kinds else schema
+    )

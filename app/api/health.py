@@ -16,6 +16,7 @@ _WORST = ("pass", "warn", "fail")
 
 @router.get("/live", response_model=LiveOut, summary="The process answers; asks no store")
 async def live() -> Response:
+    """For a supervisor that restarts what does not answer."""
     return JSONResponse({"status": "pass", "version": __version__})
 
 
@@ -26,6 +27,7 @@ async def live() -> Response:
     responses={503: {"model": ReadyOut, "description": "not ready"}},
 )
 async def ready(runtime: Served) -> Response:
+    """For a load balancer: `warn` still serves, and says what does not."""
     stores = await runtime.health()
     status = max((one.status for one in stores), key=_WORST.index)
     answer: dict[str, Any] = {

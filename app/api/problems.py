@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match, Route
 
 from app.errors import (
     AdoptionPending,
@@ -113,7 +114,7 @@ def _validation_problem(exc: RequestValidationError) -> JSONResponse:
         {
             "path": ".".join(str(part) for part in error["loc"]),
             "code": str(error["type"]),
-            "detail": str(error["msg"]),
+            "detail": str(error["msg"]).removeprefix("Value error, "),
         }
         for error in exc.errors()
     ]
@@ -125,8 +126,17 @@ def _validation_problem(exc: RequestValidationError) -> JSONResponse:
     )
 
 
-def install(app: FastAPI) -> None:
-    """Gives every error of the application its problem document."""
+def _allowed(routes: Sequence[BaseRoute], request: Request) -> str:
+    """Every method of the path: the framework names those of one route only."""
+    methods: set[str] = set()
+    for route in routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
+
+
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Gives every error of the application its problem document. `routes` are those of its calls."""
 
     async def on_chat_error(_: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, ChatError)  # noqa: S101 - registered for it
@@ -148,11 +158,14 @@ def install(app: FastAPI) -> None:
         assert isinstance(exc, RequestValidationError)  # noqa: S101 - registered for it
         return _validation_problem(exc)
 
-    async def on_http(_: Request, exc: Exception) -> JSONResponse:
+    async def on_http(request: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, HTTPException)  # noqa: S101 - registered for it
         status = HTTPStatus(exc.status_code)
         code = status.phrase.lower().replace(" ", "_").replace("-", "_")
-        return problem(status, code, str(exc.detail), headers=exc.headers)
+        headers = dict(exc.headers or {})
+        if status == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = _allowed(routes, request) or headers.get("Allow", "")
+        return problem(status, code, str(exc.detail), headers=headers)
 
     async def on_anything_else(_: Request, exc: Exception) -> JSONResponse:
         log.error("a request failed", exc_info=exc)

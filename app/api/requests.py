@@ -1,6 +1,7 @@
 """What a request brings: its body, its user, its conditions, each checked once and refused by name."""
 
 import hashlib
+import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -11,32 +12,38 @@ from urllib.parse import unquote_to_bytes
 from uuid import UUID
 
 from fastapi import Depends, Header, Query, Request
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, BeforeValidator, ValidationError
+from starlette.requests import ClientDisconnect
 
 from app.api import strict_json
 from app.api.problems import RequestRefused, refused_field
-from app.chat import json_text
 from app.store import Cursor
 from app.wiring import Runtime
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
-_CURSOR = re.compile(r"(\d{1,15})\.([0-9a-f]{32})", re.ASCII)
-# The year 10000: no datetime of Python's reaches it.
-_CURSOR_MS_END = 253_402_300_800_000
-_TAG = re.compile(r'"(0|[1-9]\d{0,9})"', re.ASCII)
+# Milliseconds since 1970, which 14 digits count to the year 5138, and the id.
+_CURSOR = re.compile(r"([0-9]{1,14})\.([0-9a-f]{32})")
+_WHOLE = re.compile(r"-?\d+", re.ASCII)
+_TAG = re.compile(r'"(0|[1-9][0-9]{0,9})"')
 
 
-def runtime_of(request: Request) -> Runtime:
-    runtime: Runtime = request.state.runtime
+def _described_as(pattern: re.Pattern[str]) -> dict[str, Any]:
+    """A pattern for the description alone: the check is ours, and so is the `code` of its refusal."""
+    return {"pattern": f"^{pattern.pattern}$"}
+
+
+# Coroutines all of them, though none awaits: the framework would run plain functions in a thread each.
+async def runtime_of(request: Request) -> Runtime:
+    runtime: Runtime = request.app.state.runtime
     return runtime
 
 
 Served = Annotated[Runtime, Depends(runtime_of)]
 
 
-def readable_query(request: Request) -> None:
+async def readable_query(request: Request) -> None:
     """Refuses what the framework would change in silence: bytes that are no UTF-8, a parameter given twice."""
     names: set[str] = set()
     for pair in request.scope["query_string"].split(b"&"):
@@ -62,7 +69,7 @@ def _storable_user(user_id: str | None, runtime: Runtime) -> str | None:
     return user_id
 
 
-def owner(
+async def owner(
     runtime: Served,
     user_id: Annotated[
         str,
@@ -72,7 +79,7 @@ def owner(
     return _storable_user(user_id, runtime) or ""
 
 
-def caller(
+async def caller(
     runtime: Served,
     user_id: Annotated[
         str | None,
@@ -91,17 +98,24 @@ Owner = Annotated[str, Depends(owner)]
 Caller = Annotated[str | None, Depends(caller)]
 
 
-def idempotency_key(
+def _all_lines(request: Request, name: str) -> str:
+    """A header's value; a header that came on several lines is the list of them."""
+    return ", ".join(request.headers.getlist(name))
+
+
+async def idempotency_key(
+    request: Request,
     idempotency_key: Annotated[
         str | None,
         Header(
             description="1 to 255 visible ASCII characters, scoped to the session: a retry with the same key "
             "and body appends nothing and answers with the stored result",
             examples=["7f9c24e8"],
+            json_schema_extra=_described_as(_KEY),
         ),
     ] = None,
 ) -> str | None:
-    if idempotency_key is not None and not _KEY.fullmatch(idempotency_key):
+    if idempotency_key is not None and not _KEY.fullmatch(_all_lines(request, "idempotency-key")):
         raise refused_field(
             "idempotency_key_malformed",
             "header.Idempotency-Key",
@@ -110,15 +124,20 @@ def idempotency_key(
     return idempotency_key
 
 
-def if_match(
+async def if_match(
+    request: Request,
     if_match: Annotated[
         str | None,
-        Header(description='`"N"`: append only if the session\'s last message has seq N', examples=['"2"']),
+        Header(
+            description='`"N"`: append only if the session\'s last message has seq N',
+            examples=['"2"'],
+            json_schema_extra=_described_as(_TAG),
+        ),
     ] = None,
 ) -> int | None:
     if if_match is None:
         return None
-    if not (tag := _TAG.fullmatch(if_match.strip())):
+    if not (tag := _TAG.fullmatch(_all_lines(request, "if-match").strip())):
         raise refused_field(
             "if_match_malformed", "header.If-Match", 'should be one strong tag with a seq, such as "2"'
         )
@@ -129,11 +148,35 @@ Key = Annotated[str | None, Depends(idempotency_key)]
 IfMatch = Annotated[int | None, Depends(if_match)]
 
 
-def seen_seqs(request: Request) -> tuple[set[int], bool]:
+def _decimal(value: object) -> object:
+    # pydantic would read 1.0, 1_000 and " 1 " as well.
+    if isinstance(value, str) and not _WHOLE.fullmatch(value):
+        raise ValueError("should be a whole number in decimal digits")
+    return value
+
+
+#: Stands after `Query` in an `Annotated`: bounds before it would vanish from the description.
+WHOLE_NUMBER = BeforeValidator(_decimal)
+
+
+async def seen_seqs(
+    request: Request,
+    _if_none_match: Annotated[
+        str | None,
+        Header(
+            alias="If-None-Match",
+            description='`"N"`, a list of such tags, or `*`: 304 where the session has not moved',
+            examples=['"2"'],
+        ),
+    ] = None,
+) -> tuple[set[int], bool]:
     """The seqs that `If-None-Match` names, by weak comparison, and whether it is `*`."""
-    tags = request.headers.get("if-none-match", "")
+    tags = _all_lines(request, "if-none-match")
     parts = [part.strip().removeprefix("W/") for part in tags.split(",")]
     return {int(tag[1]) for part in parts if (tag := _TAG.fullmatch(part))}, "*" in parts
+
+
+Seen = Annotated[tuple[set[int], bool], Depends(seen_seqs)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +188,8 @@ class Body(Generic[_Model]):
 
     def digest(self, call: str) -> str:
         """Names the request: the same for the same call with the same JSON, however that was spelled."""
-        canonical = json_text(_sorted(self._sent))
+        canonical = json.dumps(self._sent, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
         return hashlib.blake2b(f"{call}\n{canonical}".encode(), digest_size=16).hexdigest()
-
-
-def _sorted(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _sorted(value[key]) for key in sorted(value)}
-    return [_sorted(child) for child in value] if isinstance(value, list) else value
 
 
 def json_body(model: type[_Model]) -> Callable[..., Awaitable[Body[_Model]]]:
@@ -194,13 +231,20 @@ async def _read_bounded(request: Request, bytes_max: int) -> bytes:
         f"body: has more than {bytes_max} bytes (REQUEST_BODY_BYTES_MAX)",
         status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     )
-    if int(request.headers.get("content-length", 0)) > bytes_max:
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and (len(length) > len(str(bytes_max)) or int(length) > bytes_max):
         raise too_large
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > bytes_max:
-            raise too_large
+    try:
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > bytes_max:
+                raise too_large
+    except ClientDisconnect as exc:
+        # Nobody reads the answer; it keeps a client that left from looking like a fault of ours.
+        raise RequestRefused(
+            "body_incomplete", "body: ended before its announced end", status=HTTPStatus.BAD_REQUEST
+        ) from exc
     return bytes(body)
 
 
@@ -223,20 +267,23 @@ def cursor_text(cursor: Cursor) -> str:
     return f"{round(cursor.created_at.timestamp() * 1000)}.{cursor.session_id.hex}"
 
 
-def cursor_of(
+async def cursor_of(
     after: Annotated[
         str | None,
-        Query(description="the `next` of the page before", examples=["1763116200123.01998f2e5b7c"]),
+        Query(
+            description="the `next` of the page before",
+            examples=["1763116200123.01998f2e5b7c7d3a9f102b6d4c8e1a55"],
+            json_schema_extra=_described_as(_CURSOR),
+        ),
     ] = None,
 ) -> Cursor | None:
     if after is None:
         return None
-    place = _CURSOR.fullmatch(after)
-    milliseconds = int(place[1]) if place else _CURSOR_MS_END
-    if place is None or milliseconds >= _CURSOR_MS_END:
+    if not (place := _CURSOR.fullmatch(after)):
         raise refused_field(
             "unknown_cursor", "query.after", "is no cursor of ours: take it from `next` of a page"
         )
+    milliseconds = int(place[1])
     moment = datetime.fromtimestamp(milliseconds // 1000, UTC)
     return Cursor(
         created_at=moment.replace(microsecond=milliseconds % 1000 * 1000), session_id=UUID(place[2])

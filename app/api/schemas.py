@@ -55,6 +55,7 @@ class MessageIn(_Closed):
         description="the user's words: at least one character that is not white space",
         examples=["Điều kiện tham gia đấu thầu?"],
         min_length=1,
+        json_schema_extra={"pattern": r"\S"},
     )
     metadata: Metadata | None = None
 
@@ -62,7 +63,7 @@ class MessageIn(_Closed):
 class RecordIn(_Closed):
     """A message that was produced elsewhere."""
 
-    role: Role
+    role: Role = Field(examples=["assistant"])
     content: StrictStr = Field(description="may be empty", examples=["Theo Luật Đấu thầu 2023..."])
     timestamp: Timestamp | None = Field(
         None,
@@ -124,33 +125,37 @@ class AppendedOut(BaseModel):
 
 class MessageOut(BaseModel):
     role: Role
-    content: str
+    content: str = Field(examples=["Điều kiện tham gia đấu thầu?"])
     timestamp: str = Field(examples=[_TIME])
-    metadata: dict[str, Any]
-    seq: int = Field(description="its place in the session, from 1")
-    message_id: str
+    metadata: dict[str, Any] = Field(examples=[{"source": "web"}])
+    seq: int = Field(description="its place in the session, from 1", examples=[1])
+    message_id: str = Field(examples=[_ID])
 
 
 class HistoryOut(BaseModel):
     session_id: str = Field(examples=[_ID])
     messages: list[MessageOut] = Field(description="oldest first")
-    total_messages: int = Field(description="all messages of the session")
-    first_available_seq: int = Field(description="where the readable history begins")
+    total_messages: int = Field(description="all messages of the session", examples=[2])
+    first_available_seq: int = Field(description="where the readable history begins", examples=[1])
     next_before_seq: int | None = Field(
-        None, description="`before_seq` of the page before this one; absent at the start"
+        None, description="`before_seq` of the page before this one; absent at the start", examples=[101]
     )
 
 
 class ListedOut(CreatedOut):
-    user_id: str
-    last_activity: str
-    total_messages: int
+    user_id: str = Field(examples=["user123"])
+    last_activity: str = Field(examples=[_TIME])
+    total_messages: int = Field(examples=[2])
 
 
 class SessionsOut(BaseModel):
     sessions: list[ListedOut] = Field(description="newest first")
-    total: int = Field(description="all that match, on every page")
-    next: str | None = Field(None, description="`after` of the next page; absent at the end")
+    total: int = Field(description="all that match, on every page", examples=[2])
+    next: str | None = Field(
+        None,
+        description="`after` of the next page; absent at the end",
+        examples=["1763116200123.01998f2e5b7c7d3a9f102b6d4c8e1a55"],
+    )
 
     @classmethod
     def of(cls, page: SessionPage, next_cursor: str | None) -> dict[str, Any]:
@@ -177,36 +182,36 @@ class DeletedOut(BaseModel):
 
 class StoreOut(BaseModel):
     status: Literal["pass", "warn", "fail"]
-    state: str
+    state: str = Field(description="for people", examples=["source of truth"])
 
 
 class ReadyOut(BaseModel):
     status: Literal["pass", "warn", "fail"]
     mode: Literal["hybrid", "redis-only", "postgres"]
-    embedded: bool
-    version: str
+    embedded: bool = Field(description="the servers were started by this service", examples=[False])
+    version: str = Field(examples=["0.1.0"])
     stores: dict[str, StoreOut]
 
 
 class LiveOut(BaseModel):
     status: Literal["pass"] = "pass"
-    version: str
+    version: str = Field(examples=["0.1.0"])
 
 
 class FieldProblem(BaseModel):
-    path: str
-    code: str
-    detail: str
+    path: str = Field(examples=["body.messages.0.role"])
+    code: str = Field(examples=["literal_error"])
+    detail: str = Field(examples=["Input should be 'user', 'assistant', 'system' or 'tool'"])
 
 
 class Problem(BaseModel):
     """RFC 9457."""
 
-    type: str
-    title: str
-    status: int
-    detail: str
-    code: str = Field(description="stable; what programs read")
-    hint: str | None = None
+    type: str = Field(examples=["urn:chat-sessions:problem:session_not_found"])
+    title: str = Field(examples=["Not Found"])
+    status: int = Field(examples=[404])
+    detail: str = Field(examples=["Session not found"])
+    code: str = Field(description="stable; what programs read", examples=["session_not_found"])
+    hint: str | None = Field(None, description="what to do about it", examples=["begin a new session"])
     errors: list[FieldProblem] | None = Field(None, description="a 422 names each field")
-    current_seq: int | None = Field(None, description="of a 412")
+    current_seq: int | None = Field(None, description="of a 412", examples=[2])

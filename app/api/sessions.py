@@ -5,25 +5,26 @@ import time
 from typing import Annotated, Any
 from uuid import UUID
 
-from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi import APIRouter, Depends, Path, Query, Response
 from fastapi.responses import JSONResponse
 
 from app.api import strict_json
 from app.api.answers import history_body, history_headers, truth
 from app.api.problems import refused_field
 from app.api.requests import (
+    WHOLE_NUMBER,
     After,
     Body,
     Caller,
     IfMatch,
     Key,
     Owner,
+    Seen,
     Served,
     cursor_text,
     json_body,
     readable_query,
     request_body,
-    seen_seqs,
 )
 from app.api.schemas import (
     AnswerOut,
@@ -48,7 +49,6 @@ from app.chat import (
     new_uuid,
     utc_now,
 )
-from app.errors import AssistantFailed
 from app.settings import Settings
 from app.store import Append, BeginTurn, Turn
 from app.wiring import Runtime
@@ -77,9 +77,11 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 router = APIRouter(prefix="/api/chat", tags=["chat"], dependencies=[Depends(readable_query)])
 
+SessionId = Annotated[UUID, Path(description="any UUID", examples=["01998f2e-5b7c-7d3a-9f10-2b6d4c8e1a55"])]
 MinSeq = Annotated[
     int | None,
-    Query(ge=0, le=SEQ_MAX, description="do not answer with anything older than this message"),
+    Query(ge=0, le=SEQ_MAX, description="do not answer with anything older than this message", examples=[2]),
+    WHOLE_NUMBER,
 ]
 
 
@@ -91,6 +93,7 @@ MinSeq = Annotated[
     responses=_problems(422, 503),
 )
 async def create_session(runtime: Served, user_id: Owner) -> Response:
+    """Makes an empty session for a user."""
     created = await runtime.store.create_session(user_id)
     return JSONResponse(
         CreatedOut.of(created.session).model_dump(),
@@ -114,10 +117,19 @@ async def list_sessions(
     user_id: Owner,
     after: After,
     status: Annotated[
-        SessionStatus, Query(description="active: created or appended to within the time to live")
+        SessionStatus,
+        Query(
+            description="active: created or appended to within the time to live; archived: the others",
+            examples=["active"],
+        ),
     ] = "active",
-    limit: Annotated[int, Query(ge=1, le=100)] = 100,
+    limit: Annotated[
+        int, Query(ge=1, le=100, description="sessions of a page", examples=[20]), WHOLE_NUMBER
+    ] = 100,
 ) -> Response:
+    """Follow `next` for older ones: a page is a place in the list, so nothing is given twice when new
+    sessions are made meanwhile.
+    """
     page = await runtime.store.list_sessions(user_id, status=status, limit=limit, after=after)
     next_cursor = cursor_text(page.next) if page.next is not None else None
     return JSONResponse(SessionsOut.of(page, next_cursor), headers=truth(source=page.source))
@@ -129,7 +141,10 @@ async def list_sessions(
     summary="The session without its messages",
     responses=_problems(404, 409, 422, 503),
 )
-async def get_session(runtime: Served, session_id: UUID, user_id: Caller, min_seq: MinSeq = None) -> Response:
+async def get_session(
+    runtime: Served, session_id: SessionId, user_id: Caller, min_seq: MinSeq = None
+) -> Response:
+    """Whose it is, how long it is, and when it was last used."""
     read = await runtime.store.get_session(session_id, user_id=user_id, min_seq=min_seq)
     return JSONResponse(
         SessionOut.of(read.session).model_dump(),
@@ -143,7 +158,8 @@ async def get_session(runtime: Served, session_id: UUID, user_id: Caller, min_se
     summary="Delete a session and its messages, in both stores",
     responses=_problems(404, 422, 503),
 )
-async def delete_session(runtime: Served, session_id: UUID, user_id: Caller) -> Response:
+async def delete_session(runtime: Served, session_id: SessionId, user_id: Caller) -> Response:
+    """It is gone for good when this is answered, and so are its idempotency keys."""
     session = await runtime.store.delete_session(session_id, user_id=user_id)
     return JSONResponse(
         {"message": f"Session {session_id} deleted"},
@@ -162,18 +178,23 @@ async def delete_session(runtime: Served, session_id: UUID, user_id: Caller) -> 
     },
 )
 async def read_history(
-    request: Request,
     runtime: Served,
-    session_id: UUID,
+    session_id: SessionId,
     user_id: Caller,
+    seen: Seen,
     max_messages: Annotated[
-        int | None, Query(ge=1, le=1000, description="default: SESSION_MAX_MESSAGES")
+        int | None,
+        Query(ge=1, le=1000, description="messages of a page; default: SESSION_MAX_MESSAGES", examples=[10]),
+        WHOLE_NUMBER,
     ] = None,
     before_seq: Annotated[
-        int | None, Query(ge=1, le=SEQ_MAX, description="page backwards: only messages before this one")
+        int | None,
+        Query(ge=1, le=SEQ_MAX, description="page backwards: only messages before this one", examples=[101]),
+        WHOLE_NUMBER,
     ] = None,
     min_seq: MinSeq = None,
 ) -> Response:
+    """Follow `next_before_seq` for older ones. An `ETag` names the session's last message."""
     history = await runtime.store.read_history(
         session_id,
         max_messages=max_messages or min(runtime.settings.session_max_messages, 1000),
@@ -182,7 +203,7 @@ async def read_history(
         user_id=user_id,
     )
     headers = history_headers(history)
-    seqs, anything = seen_seqs(request)
+    seqs, anything = seen
     if "ETag" in headers and (anything or history.session.message_count in seqs):
         return Response(status_code=304, headers=headers)
     return Response(history_body(history), media_type="application/json", headers=headers)
@@ -197,12 +218,13 @@ async def read_history(
 )
 async def append_history(
     runtime: Served,
-    session_id: UUID,
+    session_id: SessionId,
     user_id: Caller,
     key: Key,
     if_match: IfMatch,
     body: Annotated[Body[RecordsIn], Depends(json_body(RecordsIn))],
 ) -> Response:
+    """The assistant is not asked. With an `Idempotency-Key`, a retry appends nothing."""
     records, settings = body.model.messages, runtime.settings
     if len(records) > settings.append_messages_max:
         raise refused_field(
@@ -245,12 +267,15 @@ async def append_history(
 )
 async def post_message(
     runtime: Served,
-    session_id: UUID,
+    session_id: SessionId,
     user_id: Caller,
     key: Key,
     if_match: IfMatch,
     body: Annotated[Body[MessageIn], Depends(json_body(MessageIn))],
 ) -> Response:
+    """The message is stored before the assistant is asked, and stays when that fails: a retry with the same
+    `Idempotency-Key` then goes on where the first attempt ended.
+    """
     settings = runtime.settings
     text = _content("body.message", body.model.message, settings)
     if not text.strip():
@@ -273,7 +298,7 @@ async def post_message(
         Append(session_id=session_id, messages=(question,), user_id=user_id, if_match=if_match, turn=begin),
         window=settings.session_max_messages,
     )
-    answer, seq = (turn.answer, turn.answer.seq) if turn.answer else await _answer(runtime, turn)
+    answer, seq = (turn.answer, turn.session.message_count) if turn.answer else await _answer(runtime, turn)
     metadata = strict_json.parse(answer.metadata.encode())
     return JSONResponse(
         {
@@ -292,12 +317,17 @@ async def _answer(runtime: Runtime, turn: Turn) -> tuple[NewMessage | Message, i
     settings = runtime.settings
     started = time.perf_counter()
     try:
-        said = await ask(runtime.assistant, turn.history, deadline_seconds=settings.assistant_timeout_seconds)
+        said = await ask(
+            runtime.assistant,
+            turn.history,
+            deadline_seconds=settings.assistant_timeout_seconds,
+            answer_bytes_max=settings.message_content_bytes_max,
+        )
         elapsed_ms = round((time.perf_counter() - started) * 1000)
         answer = NewMessage(
             message_id=turn.answer_id,
             role="assistant",
-            content=_bounded_answer(said.text, settings.message_content_bytes_max),
+            content=said.text,
             created_at=utc_now(),
             metadata=json_text({"sources": list(said.sources), "processing_time_ms": elapsed_ms}),
         )
@@ -306,16 +336,7 @@ async def _answer(runtime: Runtime, turn: Turn) -> tuple[NewMessage | Message, i
         # The user's message stays; a retry with the same key need not wait for the lease to end.
         await asyncio.shield(runtime.store.abandon_turn(turn))
         raise
-    return answer, appended.last_seq
-
-
-def _bounded_answer(text: str, bytes_max: int) -> str:
-    size = len(text.encode())
-    if size > bytes_max:
-        raise AssistantFailed(
-            f"the assistant's answer has {size} bytes, at most {bytes_max} are kept (MESSAGE_CONTENT_BYTES_MAX)"
-        )
-    return text
+    return answer, appended.session.message_count
 
 
 def _truth_of(runtime: Runtime) -> str:

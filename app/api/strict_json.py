@@ -10,6 +10,9 @@ from app.api.problems import RequestRefused, refused_field
 
 _INTEGER_DIGITS_MAX = 4000
 
+# More than the settings allow of metadata, and far less than writing and sorting JSON can recurse.
+_LEVELS_MAX = 512
+
 
 @dataclass(frozen=True, slots=True)
 class _Flaw:
@@ -17,12 +20,14 @@ class _Flaw:
 
     code: str
     detail: str
+    key: str | None = None
 
 
 def parse(body: bytes) -> Any:
     """The value of a body, in which every text and number can be kept by both stores.
 
-    Raises `RequestRefused`: `invalid_json`, `text_not_storable`, `number_not_storable`, `duplicate_key`.
+    Raises `RequestRefused`: `invalid_json`, `too_deep`, `text_not_storable`, `number_not_storable`,
+    `duplicate_key`.
     """
     try:
         value = json.loads(
@@ -40,6 +45,8 @@ def parse(body: bytes) -> Any:
         ) from exc
     except RecursionError as exc:
         raise refused_field("too_deep", "body", "is nested too deeply") from exc
+    if levels(value) > _LEVELS_MAX:
+        raise refused_field("too_deep", "body", f"is nested more than {_LEVELS_MAX} levels deep")
     flaws = [{"path": path, "code": flaw.code, "detail": flaw.detail} for path, flaw in _flaws("body", value)]
     if flaws:
         raise RequestRefused(
@@ -78,7 +85,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Flaw:
     if len(value) == len(pairs):
         return value
     twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-    return _Flaw("duplicate_key", f"has the key {json.dumps(twice)} twice")
+    return _Flaw("duplicate_key", "is there more than once", key=twice)
 
 
 def _integer(digits: str) -> int | _Flaw:
@@ -101,7 +108,7 @@ def _flaws(path: str, value: Any) -> Iterator[tuple[str, _Flaw]]:
     while stack:
         path, value = stack.pop()
         if isinstance(value, _Flaw):
-            yield path, value
+            yield path if value.key is None else f"{path}.{_shown(value.key)}", value
         elif isinstance(value, str):
             if flaw := text_flaw(value):
                 yield path, _Flaw("text_not_storable", flaw)
