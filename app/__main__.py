@@ -1,0 +1,5 @@
+"""`python -m app` is `chat-sessions`."""
+
+from app.cli.main import main
+
+main()

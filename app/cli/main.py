@@ -1,0 +1,23 @@
+"""`chat-sessions`: one file a command, registered here."""
+
+import importlib
+from typing import Any
+
+import typer
+
+app = typer.Typer(
+    name="chat-sessions",
+    help="Chat sessions in Redis and PostgreSQL: serve them, look after them, ask about them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+for command in ("serve", "migrate", "partitions", "doctor", "show", "report"):
+    module: Any = importlib.import_module(f"app.cli.{command}")
+    app.command(command)(getattr(module, command))
+
+
+def main() -> None:
+    app()

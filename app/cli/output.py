@@ -1,0 +1,62 @@
+"""How commands speak: rich on a terminal, plain in a pipe, one line for what went wrong."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from app.errors import ChatError
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
+
+
+def fail(message: str, *, code: int = 1) -> NoReturn:
+    """Says what was wrong on standard error and ends with `code`."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"error: {message}", markup=False, style="red"
+    )
+    raise typer.Exit(code)
+
+
+@contextmanager
+def refusals_are_lines() -> Iterator[None]:
+    """A condition that the operator can act on ends the command with its text, never with a traceback."""
+    try:
+        yield
+    except ChatError as exc:
+        fail(str(exc))
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+
+
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: str | None = None
+) -> None:
+    """A table on a terminal; in a pipe a line a row, tabs between the fields."""
+    if not sys.stdout.isatty():
+        for row in (columns, *rows):
+            sys.stdout.write("\t".join(_cell(value) for value in row) + "\n")
+        return
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(value) for value in row))
+    Console(highlight=False, markup=False).print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    # A message's own tabs and line breaks must not look like ours, and its escapes are not for the terminal.
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], str(value).replace("\t", " "))
