@@ -1,0 +1,47 @@
+# A fresh machine needs Python 3.11 or later, make, and a package index. Everything else is set up here.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
+
+.PHONY: help run test check bench clean
+
+help: ## Say what there is to make
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+run: $(VENV)/.run ## Set everything up and serve, with embedded servers unless URLs are set
+	@exec $(VENV)/bin/chat-sessions serve
+
+test: $(VENV)/.dev ## Set everything up and run all tests, on real servers
+	$(VENV)/bin/python -m pytest $(PYTEST)
+
+check: $(VENV)/.dev ## Format, lint and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.dev ## Measure the speeds and sizes that the README names
+	$(VENV)/bin/python benchmarks/start.py
+	$(VENV)/bin/python benchmarks/quick.py
+
+clean: ## Remove what was set up; data in .data stays
+	rm -rf $(VENV)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11: install a newer one and run make PYTHON=python3.x" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "error: $(PYTHON) -m venv failed: on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+
+# From the lock files with hashes; then this project itself, with nothing resolved anew.
+$(VENV)/.run: $(VENV)/bin/python requirements/embedded.txt pyproject.toml
+	@echo "setting up $(VENV) ..."
+	@$(PIP) --require-hashes -r requirements/embedded.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python requirements/dev.txt pyproject.toml
+	@echo "setting up $(VENV) for development ..."
+	@$(PIP) --require-hashes -r requirements/dev.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@ $(VENV)/.run
