@@ -1,10 +1,25 @@
 """Data for tests: plain functions, every field can be given."""
 
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime
 from uuid import UUID
 
-from app.chat import NewMessage, Role, json_text, keyed_message_id, new_uuid, utc_now
-from app.store import Append, BeginTurn
+from app.chat import (
+    CHAIN_START,
+    ChatSession,
+    NewMessage,
+    Role,
+    format_time,
+    json_text,
+    keyed_message_id,
+    new_uuid,
+    next_chain,
+    utc_now,
+)
+from app.coherence.ports import Committed, Owner, Row
+from app.store import Append, BeginTurn, FinishTurn, Turn
 
 DIGEST = "0f" * 16
 
@@ -87,3 +102,83 @@ def turn_append(
             lease_seconds=lease_seconds,
         ),
     )
+
+
+def new_turn(
+    session_id: UUID,
+    *,
+    user_id: str | None = None,
+    answer_id: UUID | None = None,
+    lease: FinishTurn | None = None,
+) -> Turn:
+    """A turn as `begin_turn` would have returned it, for a session that may not exist."""
+    return Turn(
+        session=new_row(session_id).session,
+        question=new_message().at(1),
+        answer_id=answer_id or new_uuid(),
+        lease=lease,
+        user_id=user_id,
+    )
+
+
+def new_answer(turn: Turn, content: str = "Theo Điều 5.") -> NewMessage:
+    return new_message(content, role="assistant", message_id=turn.answer_id)
+
+
+def new_row(
+    session_id: UUID | None = None,
+    *,
+    user_id: str = "user123",
+    created_at: datetime | None = None,
+    last_activity: datetime | None = None,
+    message_count: int = 0,
+    chain: bytes = CHAIN_START,
+    owner: Owner = "postgres",
+) -> Row:
+    """A session's row as PostgreSQL would hold it."""
+    created_at = created_at or utc_now()
+    return Row(
+        session=ChatSession(
+            session_id=session_id or new_uuid(),
+            user_id=user_id,
+            created_at=created_at,
+            last_activity=last_activity or created_at,
+            message_count=message_count,
+        ),
+        chain=chain,
+        owner=owner,
+    )
+
+
+def committed_append(row: Row, messages: Sequence[NewMessage]) -> Committed:
+    """An append to `row` as PostgreSQL would have committed it."""
+    first_seq = row.session.message_count + 1
+    last_seq = row.session.message_count + len(messages)
+    after = Row(
+        session=replace(row.session, message_count=last_seq, last_activity=utc_now()),
+        chain=next_chain(row.chain, [message.message_id for message in messages]),
+        owner=row.owner,
+    )
+    return Committed(
+        before=row,
+        after=after,
+        first_seq=first_seq,
+        last_seq=last_seq,
+        lines=tuple(message.line(seq) for seq, message in enumerate(messages, first_seq)),
+    )
+
+
+def guide_value(session_id: UUID, *contents: str, user_id: str = "user123") -> bytes:
+    """A session's value as the guide's own program wrote it."""
+    now = format_time(utc_now())
+    return json.dumps(
+        {
+            "session_id": str(session_id),
+            "user_id": user_id,
+            "created_at": now,
+            "last_activity": now,
+            "messages": [
+                {"role": "user", "content": content, "timestamp": now, "metadata": {}} for content in contents
+            ],
+        }
+    ).encode()

@@ -35,9 +35,7 @@ def test_a_uuid7_beyond_the_calendar_belongs_to_the_legacy_month() -> None:
 def test_the_chain_depends_on_every_message_and_on_their_order() -> None:
     first, second = uuid4(), uuid4()
 
-    chains = {
-        next_chain(bytes(8), ids) for ids in ([], [first], [second], [first, second], [second, first])
-    }
+    chains = {next_chain(bytes(8), ids) for ids in ([], [first], [second], [first, second], [second, first])}
 
     assert len(chains) == 5
     assert next_chain(next_chain(bytes(8), [first]), [second]) == next_chain(bytes(8), [first, second])

@@ -1,0 +1,74 @@
+"""Servers and handles. Data comes from plain functions in `tests/factories.py`."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+from redis.asyncio import Redis
+
+from app.postgres.engine import Database, create_engine
+from app.postgres.schema import claim_state
+from app.settings import Settings
+from tests.databases import empty, migrate, new_database
+from tests.servers import Servers, choose, open_servers
+
+servers_key = pytest.StashKey[str]()
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
+    """Real servers for the whole run; the last line of the report says which."""
+    # Not below pytest's own folders: as root, the account that the servers run as can't reach into those.
+    with TemporaryDirectory(prefix="chat-tests-") as folder, open_servers(choose(), Path(folder)) as opened:
+        request.config.stash[servers_key] = opened.versions()
+        yield opened
+
+
+def pytest_report_header() -> str:
+    return f"servers: {choose()}"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    terminalreporter.write_line(f"servers: {config.stash.get(servers_key, 'none were needed')}")
+
+
+@pytest.fixture(scope="session")
+async def database_url(servers: Servers, anyio_backend: str) -> AsyncIterator[str]:
+    """A migrated database that is ours alone."""
+    async with new_database(servers, "chat_tests") as url:
+        await migrate(url)
+        yield url
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    """The migrated database, empty, in mode hybrid."""
+    database = Database(create_engine(database_url, application_name="tests"))
+    await empty(database)
+    await claim_state(database, redis_only=None)
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def redis(servers: Servers) -> AsyncIterator[Redis]:
+    """The sessions' database of Redis, empty; the auxiliary one is empty too."""
+    async with (
+        Redis.from_url(servers.redis_url, db=2) as aux,
+        Redis.from_url(servers.redis_url, db=1) as redis,
+    ):
+        await aux.flushdb()
+        await redis.flushdb()
+        yield redis
+
+
+@pytest.fixture
+def settings(servers: Servers, database_url: str, database: Database, redis: Redis) -> Settings:
+    """Hybrid mode on the test's servers, both of them empty."""
+    return Settings(_env_file=None, database_url=database_url, redis_url=servers.redis_url)

@@ -1,0 +1,272 @@
+"""Redis alone keeps the contract, as long as a session lives."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from datetime import timedelta
+from urllib.parse import urlsplit
+
+import pytest
+from redis.asyncio import Redis
+
+from app.chat import utc_now
+from app.errors import AdoptionPending, SessionNotFound, SessionTooLarge
+from app.redis_sessions.keys import session_key, user_key
+from app.redis_sessions.store import RedisChatSessionStore
+from tests.contract.suite import (
+    Call,
+    ChatSessionStoreContract,
+    MakeStore,
+    SlidingTtlContract,
+    every_call,
+    new_session,
+    texts,
+    until,
+)
+from tests.factories import guide_value, keyed_append, new_answer, new_append, turn_append
+from tests.servers import Servers
+
+pytestmark = pytest.mark.anyio
+
+GARBAGE = [
+    b"",
+    b"garbage",
+    b"{}",
+    b"[]",
+    b"null",
+    b'{"_c":"',
+    b'{"_c":"1',
+    b'{"_c":"' + b"1" * 400,
+    b'{"_c":"' + b"x" * 400,
+    b"\xff\x00",
+]
+
+
+class TestRedisStore(ChatSessionStoreContract, SlidingTtlContract):
+    @pytest.fixture
+    async def make_store(self, servers: Servers, redis: Redis) -> AsyncIterator[MakeStore]:
+        async with AsyncExitStack() as stack:
+
+            def make(
+                *, ttl_seconds: int = 3600, messages_max: int = 100, session_bytes_max: int = 8 * 1024 * 1024
+            ) -> RedisChatSessionStore:
+                store = RedisChatSessionStore(
+                    redis_url=servers.redis_url,
+                    session_ttl=ttl_seconds,
+                    messages_max=messages_max,
+                    session_bytes_max=session_bytes_max,
+                )
+                stack.push_async_callback(store.close)
+                return store
+
+            yield make
+
+    async def test_the_guides_own_arguments_make_a_store(self, servers: Servers, redis: Redis) -> None:
+        url = urlsplit(servers.redis_url)
+        store = RedisChatSessionStore(
+            redis_host=url.hostname, redis_port=url.port, redis_db=1, session_ttl=3600
+        )
+
+        session_id = await new_session(store, "a")
+
+        assert await redis.exists(session_key(session_id)) == 1
+        await store.close()
+
+    async def test_an_expired_session_is_gone(self, make_store: MakeStore, redis: Redis) -> None:
+        store = make_store(ttl_seconds=1)
+        session_id = await new_session(store, "a")
+
+        async def expired() -> bool:
+            return not await redis.exists(session_key(session_id))
+
+        await until(expired)
+
+        with pytest.raises(SessionNotFound):
+            await store.get_session(session_id)
+        with pytest.raises(SessionNotFound):
+            await store.append(new_append(session_id))
+        for status in ("active", "archived", "all"):
+            page = await store.list_sessions("user123", status=status, limit=10)
+            assert (page.sessions, page.total) == ((), 0)
+        assert await redis.dbsize() == 0
+
+    async def test_messages_beyond_the_window_are_gone(self, make_store: MakeStore) -> None:
+        store = make_store(messages_max=3)
+        session_id = await new_session(store, *"abcde")
+
+        history = await store.read_history(session_id, max_messages=1000)
+        older = await store.read_history(session_id, max_messages=10, before_seq=3)
+
+        assert [message.content for message in history.messages] == ["c", "d", "e"]
+        assert (history.session.message_count, history.session.first_available_seq) == (5, 3)
+        assert (history.first_seq, history.next_before_seq) == (3, None)
+        assert (older.lines, older.next_before_seq) == ((), None)
+
+    async def test_a_key_lives_as_long_as_its_messages(self, make_store: MakeStore) -> None:
+        store = make_store(messages_max=3)
+        session_id = await new_session(store)
+        await store.append(keyed_append(session_id, "key", "a", "b"))
+        await store.append(new_append(session_id, "c", "d"))
+
+        in_part = await store.append(keyed_append(session_id, "key", "a", "b"))
+        await store.append(new_append(session_id, "e"))
+        forgotten = await store.append(keyed_append(session_id, "key", "a", "b"))
+
+        assert (in_part.first_seq, in_part.last_seq, in_part.replayed) == (1, 2, True)
+        assert (forgotten.first_seq, forgotten.replayed) == (6, False)
+
+    async def test_an_answer_outlives_its_question_for_a_retry(self, make_store: MakeStore) -> None:
+        store = make_store(messages_max=3)
+        session_id = await new_session(store)
+        turn = await store.begin_turn(turn_append(session_id, "question", key="key"), window=10)
+        answer = new_answer(turn, "answer")
+        await store.finish_turn(turn, answer)
+        await store.append(new_append(session_id, "a", "b"))
+
+        again = await store.begin_turn(turn_append(session_id, "question", key="key"), window=10)
+
+        assert again.answer == answer.at(2)
+        assert again.question.seq == 1
+        assert await texts(store, session_id) == ["answer", "a", "b"]
+
+    async def test_a_session_that_would_pass_its_bound_is_refused_whole(self, make_store: MakeStore) -> None:
+        store = make_store(session_bytes_max=10_000)
+        session_id = await new_session(store, "a" * 4000)
+
+        with pytest.raises(SessionTooLarge, match="10000 bytes"):
+            await store.append(new_append(session_id, "b", "c" * 6000))
+        await store.append(new_append(session_id, "d"))
+
+        assert [text[:1] for text in await texts(store, session_id)] == ["a", "d"]
+
+    async def test_a_window_that_slides_keeps_a_session_below_its_bound(self, make_store: MakeStore) -> None:
+        store = make_store(session_bytes_max=10_000, messages_max=2)
+        session_id = await new_session(store)
+
+        for number in range(10):
+            await store.append(new_append(session_id, f"{number}" * 3000))
+
+        assert [text[:1] for text in await texts(store, session_id)] == ["8", "9"]
+
+    @every_call
+    async def test_a_session_in_the_guides_format_waits_for_adoption(
+        self, make_store: MakeStore, redis: Redis, call: Call
+    ) -> None:
+        store = make_store()
+        session_id = await new_session(store)
+        value = guide_value(session_id, "a", "b")
+        await redis.set(session_key(session_id), value, ex=100)
+
+        with pytest.raises(AdoptionPending):
+            await call(store, session_id, "user123")
+
+        assert await redis.get(session_key(session_id)) == value
+
+    @every_call
+    async def test_a_value_that_is_no_session_is_not_found(
+        self, make_store: MakeStore, redis: Redis, call: Call
+    ) -> None:
+        store = make_store()
+        session_id, other = await new_session(store, "a"), await new_session(store, "b")
+
+        for garbage in GARBAGE:
+            await redis.set(session_key(session_id), garbage, ex=100)
+            with pytest.raises(SessionNotFound):
+                await call(store, session_id, "user123")
+            assert await redis.get(session_key(session_id)) == garbage
+
+        assert await texts(store, other) == ["b"]
+
+    @every_call
+    async def test_a_torn_value_is_not_found(self, make_store: MakeStore, redis: Redis, call: Call) -> None:
+        store = make_store()
+        session_id, other = await new_session(store, "a", "b"), await new_session(store, "b")
+        value = await redis.get(session_key(session_id))
+
+        for length in range(1, len(value), 37):
+            await redis.set(session_key(session_id), value[:length], ex=100)
+            with pytest.raises(SessionNotFound):
+                await call(store, session_id, "user123")
+            assert await redis.get(session_key(session_id)) == value[:length]
+
+        assert await texts(store, other) == ["b"]
+
+    @every_call
+    async def test_a_key_of_another_type_is_not_found(
+        self, make_store: MakeStore, redis: Redis, call: Call
+    ) -> None:
+        store = make_store()
+        session_id, other = await new_session(store, "a"), await new_session(store, "b")
+        await redis.delete(session_key(session_id))
+        await redis.lpush(session_key(session_id), "a")
+
+        with pytest.raises(SessionNotFound):
+            await call(store, session_id, "user123")
+
+        assert await redis.type(session_key(session_id)) == b"list"
+        assert await texts(store, other) == ["b"]
+
+    async def test_a_list_passes_over_what_is_no_session(self, make_store: MakeStore, redis: Redis) -> None:
+        store = make_store()
+        sessions = [await new_session(store, "a") for _ in range(6)]
+        await redis.delete(session_key(sessions[0]))
+        await redis.lpush(session_key(sessions[0]), "a")
+        await redis.set(session_key(sessions[1]), b"garbage", ex=100)
+        await redis.set(session_key(sessions[2]), (await redis.get(session_key(sessions[2])))[:200], ex=100)
+        await redis.set(session_key(sessions[3]), await redis.get(session_key(sessions[4])), ex=100)
+
+        page = await store.list_sessions("user123", limit=10)
+
+        assert [session.session_id for session in page.sessions] == [sessions[5], sessions[4]]
+
+    async def test_an_entry_of_another_session_is_not_served(
+        self, make_store: MakeStore, redis: Redis
+    ) -> None:
+        store = make_store()
+        session_id, other = await new_session(store, "a"), await new_session(store, "b")
+        await redis.set(session_key(session_id), await redis.get(session_key(other)), ex=100)
+
+        with pytest.raises(SessionNotFound):
+            await store.read_history(session_id, max_messages=10)
+
+    async def test_what_an_operator_deletes_is_gone(self, make_store: MakeStore, redis: Redis) -> None:
+        store = make_store()
+        first, second = await new_session(store, "a"), await new_session(store, "b")
+
+        await redis.delete(session_key(first))
+
+        with pytest.raises(SessionNotFound):
+            await store.get_session(first)
+        assert [found.session_id for found in (await store.list_sessions("user123", limit=10)).sessions] == [
+            second
+        ]
+        await redis.flushdb()
+        with pytest.raises(SessionNotFound):
+            await store.get_session(second)
+        assert (await store.list_sessions("user123", limit=10)).total == 0
+
+    async def test_the_index_is_pruned_of_sessions_that_are_long_gone(
+        self, make_store: MakeStore, redis: Redis, servers: Servers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = make_store()
+        monkeypatch.setattr("app.redis_sessions.store.utc_now", lambda: utc_now() - timedelta(minutes=2))
+        old, alive = await new_session(store), await new_session(store)
+        monkeypatch.undo()
+        young = await new_session(store)
+        await redis.delete(session_key(old), session_key(young))
+
+        await store.list_sessions("user123", limit=10)
+
+        async with Redis.from_url(servers.redis_url, db=2) as aux:
+            left = await aux.zrange(user_key("user123"), 0, -1)
+        assert left == [str(alive).encode(), str(young).encode()]
+
+    async def test_a_script_that_the_server_forgot_is_sent_again(
+        self, make_store: MakeStore, redis: Redis
+    ) -> None:
+        store = make_store()
+        session_id = await new_session(store, "a")
+
+        await redis.script_flush()
+        await store.append(new_append(session_id, "b"))
+
+        assert await texts(store, session_id) == ["a", "b"]

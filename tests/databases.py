@@ -1,0 +1,37 @@
+"""Databases of a test's own."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+import asyncpg
+
+from app.postgres.engine import Database
+from app.postgres.schema import upgrade
+from tests.servers import Servers
+
+
+@asynccontextmanager
+async def new_database(servers: Servers, name: str) -> AsyncIterator[str]:
+    """An empty database, dropped at the end."""
+    admin = await asyncpg.connect(servers.database_url)
+    try:
+        await admin.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        await admin.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        yield urlsplit(servers.database_url)._replace(path=f"/{name}").geturl()
+        await admin.execute(f"DROP DATABASE {name} WITH (FORCE)")
+    finally:
+        await admin.close()
+
+
+async def migrate(url: str, revision: str = "head") -> None:
+    """In a thread: Alembic runs an event loop of its own."""
+    await asyncio.to_thread(upgrade, url, revision)
+
+
+async def empty(database: Database) -> None:
+    async with database.connection() as conn:
+        await conn.execute(
+            "TRUNCATE chat.chat_sessions, chat.chat_messages, chat.chat_turns, chat.cache_state, chat.instances"
+        )

@@ -1,0 +1,520 @@
+"""The reports and the views under them, on a real PostgreSQL, with numbers that a person can check."""
+
+import random
+import statistics
+from collections import defaultdict
+from datetime import UTC, date, datetime, timedelta
+from uuid import UUID
+
+import pytest
+from sqlalchemy import text
+
+from app.analytics import reports
+from app.analytics.reports import RANGE_DAYS_MAX, REPORTS, Query, Report, run
+from app.chat import NewMessage
+from app.errors import DurableStoreUnavailable, RangeRefused, UnknownReport
+from app.postgres.engine import Database, create_engine
+from app.postgres.store import PostgresChatSessionStore
+from app.store import Append
+from tests.databases import new_database
+from tests.factories import new_message
+
+pytestmark = pytest.mark.anyio
+
+NOON = datetime(2026, 3, 10, 12, tzinfo=UTC)
+SINCE = datetime(2026, 3, 10, tzinfo=UTC)
+UNTIL = datetime(2026, 3, 13, tzinfo=UTC)
+MOMENT = timedelta(milliseconds=1)
+
+
+@pytest.fixture
+def store(database: Database) -> PostgresChatSessionStore:
+    return PostgresChatSessionStore(database, ttl_seconds=3600)
+
+
+async def record(store: PostgresChatSessionStore, *messages: NewMessage, user_id: str = "an") -> UUID:
+    """A session with these messages."""
+    session = (await store.create(user_id)).session
+    await store.append(Append(session_id=session.session_id, messages=messages))
+    return session.session_id
+
+
+async def create_at(store: PostgresChatSessionStore, database: Database, *moments: datetime) -> None:
+    """Sessions that were created then."""
+    for moment in moments:
+        session = (await store.create("an")).session
+        async with database.connection() as conn:
+            await conn.execute(
+                "UPDATE chat.chat_sessions SET created_at = $2 WHERE session_id = $1",
+                session.session_id,
+                moment,
+            )
+
+
+def said(at: datetime = NOON, **fields: object) -> NewMessage:
+    return new_message(created_at=at, **fields)
+
+
+def answered(metadata: object = None, *, at: datetime = NOON) -> NewMessage:
+    return new_message("Có ba điều kiện.", role="assistant", metadata=metadata, created_at=at)
+
+
+def cited(*sources: object) -> NewMessage:
+    return answered({"sources": list(sources)})
+
+
+async def report(
+    database: Database, name: str, *, since: datetime = SINCE, until: datetime = UNTIL, limit: int = 100
+) -> Report:
+    return await run(database, name, since=since, until=until, limit=limit)
+
+
+async def fetch(database: Database, sql: str) -> list[tuple[object, ...]]:
+    async with database.connection() as conn:
+        return [tuple(row) for row in await conn.fetch(sql)]
+
+
+class TestSessionsPerDay:
+    async def test_a_session_counts_on_the_utc_day_of_its_creation(self, store, database):
+        await create_at(
+            store,
+            database,
+            datetime(2026, 3, 10, 23, 59, 59, 999_000, tzinfo=UTC),
+            datetime(2026, 3, 11, tzinfo=UTC),
+            datetime.fromisoformat("2026-03-11T06:30:00+07:00"),
+        )
+
+        found = await report(database, "sessions_per_day")
+
+        assert found.columns == ("day", "sessions")
+        assert found.rows == ((date(2026, 3, 10), 2), (date(2026, 3, 11), 1), (date(2026, 3, 12), 0))
+
+    async def test_the_range_has_its_begin_and_not_its_end(self, store, database):
+        await create_at(store, database, SINCE - MOMENT, SINCE, UNTIL - MOMENT, UNTIL)
+
+        found = await report(database, "sessions_per_day")
+
+        assert found.rows == ((date(2026, 3, 10), 1), (date(2026, 3, 11), 0), (date(2026, 3, 12), 1))
+
+    async def test_a_range_within_a_day_has_that_day_and_only_its_own_sessions(self, store, database):
+        await create_at(store, database, NOON - timedelta(hours=2), NOON)
+
+        found = await report(database, "sessions_per_day", since=NOON, until=NOON + MOMENT)
+
+        assert found.rows == ((NOON.date(), 1),)
+
+    async def test_an_empty_database_has_days_without_sessions(self, database):
+        found = await report(database, "sessions_per_day")
+
+        assert [count for _, count in found.rows] == [0, 0, 0]
+
+
+class TestMessagesByRole:
+    async def test_roles_are_counted_most_first(self, store, database):
+        await record(store, said(), answered(), said(role="system"), said(role="tool"))
+        await record(store, said(), said(), said(), answered(), user_id="bình")
+
+        found = await report(database, "messages_by_role")
+
+        assert found.columns == ("role", "messages", "percent")
+        assert found.rows == (
+            ("user", 4, 50.0),
+            ("assistant", 2, 25.0),
+            ("system", 1, 12.5),
+            ("tool", 1, 12.5),
+        )
+
+    async def test_equal_counts_are_in_the_order_of_the_names(self, store, database):
+        await record(store, said(), said(role="tool"), answered())
+
+        found = await report(database, "messages_by_role")
+
+        assert [role for role, _, _ in found.rows] == ["assistant", "tool", "user"]
+
+    async def test_the_range_has_its_begin_and_not_its_end(self, store, database):
+        await record(store, said(SINCE - MOMENT), said(SINCE), said(UNTIL - MOMENT), said(UNTIL))
+
+        assert (await report(database, "messages_by_role")).rows == (("user", 2, 100.0),)
+
+    async def test_an_empty_database_has_no_roles(self, database):
+        assert (await report(database, "messages_by_role")).rows == ()
+
+
+class TestResponseTime:
+    async def test_median_and_95th_percentile_are_interpolated(self, store, database):
+        times = [120, 3500, 80, 950, 41, 7000, 1600]
+        await record(store, *(answered({"processing_time_ms": time}) for time in times))
+
+        found = await report(database, "response_time")
+
+        assert found.columns == ("answers", "timed_answers", "avg_ms", "p50_ms", "p95_ms")
+        answers, timed, average, median, p95 = found.rows[0]
+        assert (answers, timed, median) == (7, 7, 950)
+        assert average == pytest.approx(statistics.mean(times))
+        # At 0.95 * 6 = 5.7 between the sixth and the seventh.
+        assert p95 == pytest.approx(3500 + 0.7 * (7000 - 3500))
+
+    async def test_percentiles_are_those_of_the_statistics_module(self, store, database):
+        numbers = random.Random(7)
+        times = [int(numbers.lognormvariate(7, 1)) for _ in range(600)]
+        for start in range(0, 600, 100):
+            await record(
+                store, *(answered({"processing_time_ms": time}) for time in times[start : start + 100])
+            )
+
+        found = await report(database, "response_time")
+
+        _, _, _, median, p95 = found.rows[0]
+        assert median == pytest.approx(statistics.median(times))
+        assert p95 == pytest.approx(statistics.quantiles(times, n=20, method="inclusive")[-1])
+
+    async def test_equal_times_are_every_percentile(self, store, database):
+        await record(store, *(answered({"processing_time_ms": 250}) for _ in range(4)))
+
+        assert (await report(database, "response_time")).rows == ((4, 4, 250, 250, 250),)
+
+    async def test_an_answer_without_a_whole_number_of_milliseconds_is_not_timed(self, store, database):
+        await record(
+            store,
+            answered({"processing_time_ms": 400}),
+            answered(),
+            *(
+                answered({"processing_time_ms": odd})
+                for odd in (None, "fast", "12", 12.5, -1, True, 2**31, [5], {"ms": 5})
+            ),
+        )
+
+        assert (await report(database, "response_time")).rows == ((11, 1, 400, 400, 400),)
+
+    async def test_only_answers_are_timed(self, store, database):
+        await record(store, said(metadata={"processing_time_ms": 9}), answered({"processing_time_ms": 400}))
+
+        assert (await report(database, "response_time")).rows == ((1, 1, 400, 400, 400),)
+
+    async def test_the_range_has_its_begin_and_not_its_end(self, store, database):
+        moments = {1: SINCE - MOMENT, 2: SINCE, 4: UNTIL - MOMENT, 8: UNTIL}
+        await record(store, *(answered({"processing_time_ms": ms}, at=at) for ms, at in moments.items()))
+
+        assert (await report(database, "response_time")).rows == ((2, 2, 3, 3, 3.9),)
+
+    async def test_without_answers_nothing_is_known(self, store, database):
+        await record(store, said())
+
+        assert (await report(database, "response_time")).rows == ((0, 0, None, None, None),)
+
+
+class TestActiveUsers:
+    async def test_a_user_counts_once_however_much_was_written(self, store, database):
+        await record(store, said(), said(), user_id="an")
+        await record(store, said(), user_id="an")
+        await record(store, said(), user_id="bình")
+
+        found = await report(database, "active_users")
+
+        assert found.columns == ("day", "dau", "wau", "mau")
+        assert found.rows == (
+            (date(2026, 3, 10), 2, 2, 2),
+            (date(2026, 3, 11), 0, 2, 2),
+            (date(2026, 3, 12), 0, 2, 2),
+        )
+
+    async def test_only_what_the_user_wrote_makes_a_user_active(self, store, database):
+        await record(store, answered(), said(role="system"), said(role="tool"))
+
+        assert {row[1:] for row in (await report(database, "active_users")).rows} == {(0, 0, 0)}
+
+    async def test_the_days_before_the_range_are_looked_at(self, store, database):
+        since, until = datetime(2026, 3, 28, 18, tzinfo=UTC), datetime(2026, 3, 28, 19, tzinfo=UTC)
+        midnight = datetime(2026, 3, 1, tzinfo=UTC)
+        await record(store, said(midnight - MOMENT), user_id="28 days ago")
+        await record(store, said(midnight), user_id="27 days ago")
+        await record(store, said(datetime(2026, 3, 22, tzinfo=UTC) - MOMENT), user_id="7 days ago")
+        await record(store, said(datetime(2026, 3, 22, tzinfo=UTC)), user_id="6 days ago")
+        await record(store, said(datetime(2026, 3, 28, 9, tzinfo=UTC)), user_id="this morning")
+
+        found = await report(database, "active_users", since=since, until=until)
+
+        assert found.rows == ((date(2026, 3, 28), 1, 2, 4),)
+
+    async def test_what_is_after_the_range_is_not_looked_at(self, store, database):
+        await record(store, said(NOON), user_id="at noon")
+        await record(store, said(NOON - MOMENT), user_id="before")
+
+        found = await report(database, "active_users", until=NOON)
+
+        assert found.rows == ((NOON.date(), 1, 1, 1),)
+
+    async def test_counts_equal_the_sets_of_a_random_history(self, store, database):
+        numbers = random.Random(11)
+        visits = defaultdict(set)
+        for user in range(12):
+            moments = [SINCE + timedelta(minutes=numbers.randrange(-40 * 1440, 40 * 1440)) for _ in range(9)]
+            await record(store, *(said(moment) for moment in moments), user_id=f"user {user}")
+            for moment in moments:
+                visits[moment.date()].add(user)
+
+        def users(day: date, days: int) -> int:
+            return len(set().union(*(visits[day - timedelta(days=back)] for back in range(days))))
+
+        found = await report(database, "active_users", until=SINCE + timedelta(days=40))
+
+        days = [SINCE.date() + timedelta(days=ahead) for ahead in range(40)]
+        assert found.rows == tuple((day, users(day, 1), users(day, 7), users(day, 28)) for day in days)
+
+    async def test_an_empty_database_has_days_without_users(self, database):
+        assert [row[1:] for row in (await report(database, "active_users")).rows] == [(0, 0, 0)] * 3
+
+
+class TestTopSources:
+    async def test_sources_are_counted_by_answer_and_by_session(self, store, database):
+        await record(store, cited("luật.md", "faq.md"), cited("luật.md"))
+        await record(store, cited("luật.md"))
+        await record(store, cited("faq.md"))
+
+        found = await report(database, "top_sources")
+
+        assert found.columns == ("source", "citations", "sessions")
+        assert found.rows == (("luật.md", 3, 2), ("faq.md", 2, 2))
+
+    async def test_a_source_that_an_answer_names_twice_counts_once(self, store, database):
+        await record(store, cited("faq.md", "faq.md"))
+
+        assert (await report(database, "top_sources")).rows == (("faq.md", 1, 1),)
+
+    async def test_equal_counts_are_in_the_order_of_the_bytes(self, store, database):
+        await record(store, cited("đ", "a", "Z", "", "é", "e\u0301"))
+
+        found = await report(database, "top_sources")
+
+        assert [source for source, _, _ in found.rows] == ["", "Z", "a", "e\u0301", "é", "đ"]
+
+    async def test_the_limit_keeps_the_most_cited(self, store, database):
+        await record(store, cited("a", "b", "c"), cited("b", "c"), cited("c"))
+
+        found = await report(database, "top_sources", limit=2)
+
+        assert [source for source, _, _ in found.rows] == ["c", "b"]
+
+    async def test_metadata_of_any_shape_is_passed_over(self, store, database):
+        await record(
+            store,
+            answered({"sources": ["kept.md", 1, None, True, 2.5, {"file": "object.md"}, ["nested.md"]]}),
+            cited(),
+            answered(),
+            *(
+                answered({"sources": odd})
+                for odd in (None, "text.md", 7, False, {"0": "object.md"}, {"sources": ["deeper.md"]})
+            ),
+            answered({"answer": {"sources": ["deeper.md"]}}),
+        )
+
+        assert (await report(database, "top_sources")).rows == (("kept.md", 1, 1),)
+
+    async def test_a_nul_in_one_answer_hides_that_answer_alone(self, store, database):
+        await record(
+            store,
+            answered({"sources": ["hidden.md"], "note": "\0"}),
+            answered({"sources": ["shown.md"], "note": r"\u0000 and \\u0000"}),
+        )
+
+        assert (await report(database, "top_sources")).rows == (("shown.md", 1, 1),)
+
+    async def test_only_answers_cite(self, store, database):
+        await record(store, said(metadata={"sources": ["mine.md"]}), cited("faq.md"))
+
+        assert (await report(database, "top_sources")).rows == (("faq.md", 1, 1),)
+
+    async def test_the_range_has_its_begin_and_not_its_end(self, store, database):
+        moments = {"before": SINCE - MOMENT, "first": SINCE, "last": UNTIL - MOMENT, "after": UNTIL}
+        await record(store, *(answered({"sources": [name]}, at=at) for name, at in moments.items()))
+
+        found = await report(database, "top_sources")
+
+        assert [source for source, _, _ in found.rows] == ["first", "last"]
+
+    async def test_an_empty_database_has_no_sources(self, database):
+        assert (await report(database, "top_sources")).rows == ()
+
+
+class TestRunning:
+    async def test_an_unknown_report_is_refused_with_the_names_of_all(self, database):
+        with pytest.raises(UnknownReport, match="there is no report 'cost'") as refused:
+            await report(database, "cost")
+
+        assert refused.value.hint == f"there are {', '.join(REPORTS)}"
+
+    @pytest.mark.parametrize("until", [SINCE, SINCE - MOMENT])
+    async def test_a_range_that_does_not_go_forward_is_refused(self, database, until):
+        with pytest.raises(RangeRefused, match=r"not after its begin at 2026-03-10T00:00:00\.000Z"):
+            await report(database, "messages_by_role", until=until)
+
+    async def test_the_widest_range_is_reported_on(self, database):
+        found = await report(database, "sessions_per_day", until=SINCE + timedelta(days=RANGE_DAYS_MAX))
+
+        assert len(found.rows) == RANGE_DAYS_MAX
+
+    async def test_a_wider_range_is_refused(self, database):
+        with pytest.raises(RangeRefused, match="at most 3660 are reported on at once"):
+            await report(database, "sessions_per_day", until=SINCE + timedelta(days=RANGE_DAYS_MAX) + MOMENT)
+
+    @pytest.mark.parametrize("name", REPORTS)
+    async def test_every_report_runs_within_the_limits_over_its_widest_range(self, store, database, name):
+        await record(store, said(), cited("faq.md"))
+
+        found = await report(database, name, until=SINCE + timedelta(days=RANGE_DAYS_MAX))
+
+        assert found.rows
+
+    @pytest.mark.parametrize("name", REPORTS)
+    async def test_days_are_utc_whatever_the_time_zone_of_the_connection(
+        self, store, database, database_url, name
+    ):
+        # 2026-03-08: a day of 23 hours in New York.
+        since = datetime(2026, 3, 7, tzinfo=UTC)
+        await create_at(store, database, since, since + timedelta(hours=23), since + timedelta(hours=30))
+        await record(store, said(since + timedelta(hours=23)), said(since - timedelta(days=27)))
+        await record(store, said(since - timedelta(days=27) - MOMENT), cited("faq.md"), user_id="bình")
+        expected = await report(database, name, since=since)
+
+        here = (await fetch(database, "SELECT current_database()::text"))[0][0]
+        async with database.connection() as conn:
+            await conn.execute(f"ALTER DATABASE {here} SET timezone = 'America/New_York'")
+        elsewhere = Database(create_engine(database_url, application_name="tests"))
+        try:
+            zone = await fetch(elsewhere, "SELECT current_setting('timezone')")
+            found = await report(elsewhere, name, since=since)
+        finally:
+            await elsewhere.close()
+            async with database.connection() as conn:
+                await conn.execute(f"ALTER DATABASE {here} RESET timezone")
+
+        assert zone == [("America/New_York",)]
+        assert found == expected
+
+    async def test_a_report_that_takes_too_long_says_so(self, database, monkeypatch):
+        monkeypatch.setattr(reports, "_BOUNDS", text("SELECT set_config('statement_timeout', '50ms', true)"))
+        slow = Query(name="slow", definition="Slow.", sql="SELECT pg_sleep(60)")
+        monkeypatch.setattr(reports, "REPORTS", {"slow": slow})
+
+        with pytest.raises(RangeRefused, match="report slow takes longer than") as refused:
+            await report(database, "slow")
+
+        assert refused.value.hint == "ask for a shorter one"
+
+    async def test_a_report_is_given_the_time_of_any_statement(self, database, monkeypatch):
+        asked = Query(name="asked", definition="Asked.", sql="SELECT current_setting('statement_timeout')")
+        monkeypatch.setattr(reports, "REPORTS", {"asked": asked})
+
+        assert (await report(database, "asked")).rows == (("3s",),)
+        assert await fetch(database, "SELECT current_setting('statement_timeout')") == [("0",)]
+
+    async def test_a_report_can_not_write(self, store, database, monkeypatch):
+        await record(store, said())
+        wrong = Query(name="wrong", definition="Wrong.", sql="DELETE FROM chat.chat_messages RETURNING seq")
+        monkeypatch.setattr(reports, "REPORTS", {"wrong": wrong})
+
+        with pytest.raises(DurableStoreUnavailable, match="read-only transaction"):
+            await report(database, "wrong")
+
+        assert await fetch(database, "SELECT count(*) FROM chat.chat_messages") == [(1,)]
+
+    async def test_a_database_without_the_schema_is_told_what_to_run(self, servers):
+        async with new_database(servers, "chat_reports_bare") as url:
+            bare = Database(create_engine(url, application_name="tests"))
+            try:
+                with pytest.raises(DurableStoreUnavailable) as refused:
+                    await report(bare, "messages_by_role")
+            finally:
+                await bare.close()
+
+        assert refused.value.hint == "run `alembic upgrade head`"
+
+    @pytest.mark.parametrize("name", ["messages_by_role", "response_time", "active_users", "top_sources"])
+    async def test_the_range_can_be_served_by_the_index_on_created_at(self, database, name):
+        async with database.core() as conn:
+            await conn.execute(text("SET LOCAL enable_seqscan = off"))
+            plan = await conn.execute(
+                text(f"EXPLAIN {REPORTS[name].sql}"), {"since": SINCE, "until": UNTIL, "limit": 10}
+            )
+
+            lines = [line.strip() for (line,) in plan]
+
+        assert "->  Bitmap Index Scan on chat_messages_legacy_created_at_idx" in {
+            line.split("  (")[0] for line in lines
+        }
+
+
+class TestViews:
+    async def test_a_turn_is_a_question_and_the_answer_that_follows_it(self, store, database):
+        session = await record(
+            store,
+            answered(at=NOON),
+            said(NOON + 1 * MOMENT, content="answered?"),
+            answered({"processing_time_ms": 5, "sources": ["a", "b"]}, at=NOON + 2 * MOMENT),
+            answered(at=NOON + 3 * MOMENT),
+            said(NOON + 4 * MOMENT, content="overtaken?"),
+            said(NOON + 5 * MOMENT, content="by a tool?"),
+            said(role="tool"),
+            answered(),
+            said(NOON + 8 * MOMENT, content="the last?"),
+        )
+
+        turns = await fetch(
+            database,
+            "SELECT session_id, user_id, question, question_seq, answer_seq, answer, asked_at, answered_at, "
+            "processing_time_ms, source_count FROM analytics.turns ORDER BY question_seq",
+        )
+
+        asked, unanswered = (session, "an"), (None, None)
+        assert turns == [
+            (*asked, "answered?", 2, 3, "Có ba điều kiện.", NOON + 1 * MOMENT, NOON + 2 * MOMENT, 5, 2),
+            (*asked, "overtaken?", 5, *unanswered, NOON + 4 * MOMENT, None, None, None),
+            (*asked, "by a tool?", 6, *unanswered, NOON + 5 * MOMENT, None, None, None),
+            (*asked, "the last?", 9, *unanswered, NOON + 8 * MOMENT, None, None, None),
+        ]
+
+    async def test_a_question_is_never_paired_with_another_session(self, store, database):
+        await record(store, said(content="mine?"))
+        await record(store, said(content="theirs?"), answered(), user_id="bình")
+
+        turns = await fetch(
+            database, "SELECT user_id, question, answer_seq FROM analytics.turns ORDER BY user_id"
+        )
+
+        assert turns == [("an", "mine?", None), ("bình", "theirs?", 2)]
+
+    async def test_a_message_knows_its_user_and_its_metadata_by_value(self, store, database):
+        await record(store, said(metadata={"source": "web", "n": 1}), said(metadata={"note": "\0"}))
+
+        messages = await fetch(
+            database,
+            'SELECT user_id, seq, role, metadata = \'{"n": 1, "source": "web"}\' FROM analytics.messages '
+            "ORDER BY seq",
+        )
+
+        assert messages == [("an", 1, "user", True), ("an", 2, "user", None)]
+
+    async def test_a_session_has_its_count_of_messages(self, store, database):
+        await record(store, said(), answered())
+
+        sessions = await fetch(
+            database, "SELECT user_id, message_count, metadata = '{}' FROM analytics.sessions"
+        )
+
+        assert sessions == [("an", 2, True)]
+
+    @pytest.mark.parametrize("view", ["messages", "turns"])
+    async def test_sessions_are_not_read_where_the_user_is_not_asked_for(self, database, view):
+        plan = await fetch(database, f"EXPLAIN SELECT count(*) FROM analytics.{view}")
+
+        assert "chat_messages" in str(plan)
+        assert "chat_sessions" not in str(plan)
+
+    async def test_every_view_says_what_a_row_is(self, database):
+        comments = await fetch(
+            database,
+            "SELECT relname::text, obj_description(oid, 'pg_class') IS NOT NULL FROM pg_class "
+            "WHERE relnamespace = 'analytics'::regnamespace ORDER BY relname",
+        )
+
+        assert comments == [("messages", True), ("sessions", True), ("turns", True)]
