@@ -117,9 +117,13 @@ class HybridChatSessionStore:
         page = entry.newest(window, turn.question.seq + 1) if entry is not None else None
         if page is not None:
             return replace(turn, history=tuple(Message.from_line(line) for line in page[1]))
-        history = await self._durable.read_history(
-            append.session_id, max_messages=window, before_seq=turn.question.seq + 1
-        )
+        try:
+            history = await self._durable.read_history(
+                append.session_id, max_messages=window, before_seq=turn.question.seq + 1
+            )
+        except DurableStoreUnavailable:
+            await self.abandon_turn(turn)
+            raise
         return replace(turn, history=history.messages)
 
     async def finish_turn(self, turn: Turn, answer: NewMessage) -> Appended:

@@ -17,15 +17,21 @@ config = context.config
 # A migration that waits for a lock blocks everybody who comes after it: better to fail and be run again.
 LOCK_TIMEOUT = "4s"
 STATEMENT_TIMEOUT = "60s"
+TURN_TIMEOUT = "15min"
 
 
 def run(connection: Connection) -> None:
+    # Two that start together would both create the schema; the second one waits here for the whole of the
+    # first one, which blocks nobody else.
+    connection.execute(text(f"SET statement_timeout = '{TURN_TIMEOUT}'"))
+    connection.execute(text("SELECT pg_advisory_lock(7311520260001)"))
     connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
     connection.execute(text(f"SET statement_timeout = '{STATEMENT_TIMEOUT}'"))
-    # Two that start together would both create the schema; the second one waits here instead.
-    connection.execute(text("SELECT pg_advisory_lock(7311520260001)"))
     connection.execute(text(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}"))
     connection.commit()
+    # An account that is called like the schema has it first in its search path, and Alembic would take its
+    # tables for those of the default schema.
+    connection.dialect.default_schema_name = "public"
     context.configure(
         connection=connection,
         target_metadata=metadata,

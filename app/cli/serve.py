@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from app.api.app import create_app
 from app.cli.output import fail, refusals_are_lines
 from app.cli.targets import announced, revision_of
 from app.errors import StartRefused
@@ -98,6 +97,8 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
 
 
 async def _serve(settings: Settings, embedded: "EmbeddedServers | None", listener: socket.socket) -> None:
+    from app.api.app import create_app  # noqa: PLC0415 - 0.4 s that only this command should pay
+
     app = create_app(settings, embedded=embedded is not None)
     config = uvicorn.Config(
         app,

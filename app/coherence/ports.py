@@ -27,6 +27,10 @@ class CacheOutage(Exception):
     """Redis gave no usable answer in time. The command may still be carried out later."""
 
 
+class CacheOutOfMemory(CacheOutage):
+    """Redis refused a write that needs memory; everything else still works."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheState:
     """The one row `chat.cache_state`: who owns the data, and which era of the cache this is."""

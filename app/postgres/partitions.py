@@ -73,4 +73,5 @@ async def _make(database: Database, month: date) -> bool:
 
 
 def is_missing_partition(exc: asyncpg.CheckViolationError) -> bool:
-    return "no partition of relation" in str(exc)
+    """A check that has no name is the partitioned table's own. (The message is in the server's language.)"""
+    return exc.constraint_name is None

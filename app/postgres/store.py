@@ -139,9 +139,13 @@ class PostgresChatSessionStore:
         turn = turn_of(append, committed)
         if turn.answer is not None:
             return turn
-        history = await self.read_history(
-            append.session_id, max_messages=window, before_seq=turn.question.seq + 1
-        )
+        try:
+            history = await self.read_history(
+                append.session_id, max_messages=window, before_seq=turn.question.seq + 1
+            )
+        except DurableStoreUnavailable:
+            await self.abandon_turn(turn)
+            raise
         return replace(turn, history=history.messages)
 
     async def finish_turn(self, turn: Turn, answer: NewMessage) -> Appended:

@@ -12,9 +12,9 @@ from typing import Any
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
-from app.coherence.ports import CacheOutage
+from app.coherence.ports import CacheOutage, CacheOutOfMemory
 from app.redis_sessions.codec import lua_offsets
 
 log = logging.getLogger("chat_sessions.redis")
@@ -92,8 +92,15 @@ class BoundedRedis:
         try:
             async with asyncio.timeout(self._timeout_seconds):
                 yield self.redis
-        except OutOfMemoryError as exc:
-            raise CacheOutage(f"redis is out of memory: {exc}") from exc
+        except ResponseError as exc:
+            # Redis answers, so it is not out. 6.2 wraps what a script met in an error of its own.
+            if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in str(exc):
+                raise CacheOutOfMemory(f"redis is out of memory: {exc}") from exc
+            if isinstance(exc, ReadOnlyError):
+                self._note_outage(exc)
+            else:
+                log.warning("redis refused a command: %s", exc)
+            raise CacheOutage(f"redis: {exc}") from exc
         except (RedisError, OSError, TimeoutError) as exc:
             self._note_outage(exc)
             raise CacheOutage(f"redis: {str(exc) or type(exc).__name__}") from exc

@@ -11,8 +11,6 @@ from datetime import UTC, datetime
 from typing import Any, cast
 from uuid import UUID
 
-from redis.exceptions import OutOfMemoryError
-
 from app.chat import (
     CHAIN_START,
     ChatSession,
@@ -25,7 +23,7 @@ from app.chat import (
     new_uuid,
     utc_now,
 )
-from app.coherence.ports import EPOCH_ZERO, CacheOutage, Entry, GuideEntry, Row
+from app.coherence.ports import EPOCH_ZERO, CacheOutage, CacheOutOfMemory, Entry, GuideEntry, Row
 from app.errors import (
     AdoptionPending,
     CacheFull,
@@ -63,9 +61,9 @@ async def _redis_is_the_truth() -> AsyncIterator[None]:
     """The one place where an outage of Redis becomes the caller's error in this mode."""
     try:
         yield
+    except CacheOutOfMemory as exc:
+        raise CacheFull(hint="raise maxmemory, or shorten SESSION_TTL_SECONDS") from exc
     except CacheOutage as exc:
-        if isinstance(exc.__cause__, OutOfMemoryError):
-            raise CacheFull(hint="raise maxmemory, or shorten SESSION_TTL_SECONDS") from exc
         raise RedisUnavailable from exc
 
 
