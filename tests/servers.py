@@ -85,8 +85,8 @@ def given_servers(_: Path) -> Iterator[Servers]:
 
 @contextmanager
 def containers(_: Path) -> Iterator[Servers]:
-    from testcontainers.postgres import PostgresContainer
-    from testcontainers.redis import RedisContainer
+    from testcontainers.community.postgres import PostgresContainer
+    from testcontainers.community.redis import RedisContainer
 
     fast = "postgres -c fsync=off -c full_page_writes=off"
     with (
