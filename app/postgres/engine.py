@@ -43,7 +43,7 @@ _BEGIN = (
 # resources (53), an operator's intervention or a cancelled statement (57), system errors (58), read-only
 # (25006: a standby), lock and deadlock time-outs (55P03, 40P01).
 _OUTAGE_CLASSES = frozenset({"08", "53", "57", "58"})
-_OUTAGE_STATES = frozenset({"25006", "25P03", "40001", "40P01", "55P03", "28P01", "28000", "3D000"})
+_OUTAGE_STATES = frozenset({"25006", "25P03", "28000", "28P01", "3D000", "40001", "40P01", "55000", "55P03"})
 
 
 def sqlalchemy_url(url: str) -> str:
@@ -177,7 +177,14 @@ def outage_or_same(exc: Exception) -> Exception:
             )
         return exc
     if isinstance(
-        cause, OSError | TimeoutError | PoolTimeoutError | asyncpg.InterfaceError | asyncio.TimeoutError
+        cause,
+        OSError
+        | TimeoutError
+        | PoolTimeoutError
+        | asyncpg.InterfaceError
+        # What asyncpg says when the server's farewell came between two of our statements.
+        | asyncpg.InternalClientError
+        | asyncio.TimeoutError,
     ):
         return DurableStoreUnavailable(f"PostgreSQL can't be reached: {str(cause) or type(cause).__name__}")
     return exc
@@ -190,7 +197,13 @@ async def _rolled_back(driver: asyncpg.Connection, exc: BaseException) -> bool:
     try:
         if driver.is_in_transaction():
             await driver.execute("ROLLBACK")
-    except (OSError, TimeoutError, asyncpg.InterfaceError, asyncpg.PostgresError):
+    except (
+        OSError,
+        TimeoutError,
+        asyncpg.InterfaceError,
+        asyncpg.InternalClientError,
+        asyncpg.PostgresError,
+    ):
         return False
     return not driver.is_closed()
 
