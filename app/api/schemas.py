@@ -44,11 +44,11 @@ Metadata = Annotated[
 ]
 
 
-class _Closed(BaseModel):
+class _Sent(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class MessageIn(_Closed):
+class MessageIn(_Sent):
     """A user's message that the assistant is asked to answer."""
 
     message: StrictStr = Field(
@@ -60,7 +60,7 @@ class MessageIn(_Closed):
     metadata: Metadata | None = None
 
 
-class RecordIn(_Closed):
+class RecordIn(_Sent):
     """A message that was produced elsewhere."""
 
     role: Role = Field(examples=["assistant"])
@@ -74,7 +74,7 @@ class RecordIn(_Closed):
     metadata: Metadata | None = None
 
 
-class RecordsIn(_Closed):
+class RecordsIn(_Sent):
     """Messages to append, all or none."""
 
     messages: list[RecordIn] = Field(min_length=1)

@@ -1,6 +1,7 @@
 """`chat-sessions`: one file a command, registered here."""
 
 import importlib
+import logging
 from typing import Any
 
 import typer
@@ -20,4 +21,6 @@ for command in ("serve", "migrate", "partitions", "doctor", "show", "report"):
 
 
 def main() -> None:
+    # A command says itself what it found out of order; `serve` sets up its log.
+    logging.getLogger("chat_sessions").addHandler(logging.NullHandler())
     app()

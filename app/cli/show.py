@@ -67,7 +67,7 @@ async def _in_postgres(settings: Settings, session_id: UUID, count: int) -> tupl
         except SessionNotFound:
             return "no row", None
         except DurableStoreUnavailable as exc:
-            return f"out ({exc.detail})", None
+            return f"out ({exc})", None
     return f"{history.session.message_count} messages", history
 
 
