@@ -25,7 +25,8 @@ _QUERY_CANCELED = "57014"
 # Read only against a mistake in queries.sql. For one transaction, because a pooler keeps no more.
 _BOUNDS = text(
     "SELECT set_config('transaction_read_only', 'on', true), set_config('statement_timeout', "
-    f"'{STATEMENT_TIMEOUT_SECONDS:g}s', true)"
+    # The engine's plans are made once for all parameters; a report's range decides its plan.
+    f"'{STATEMENT_TIMEOUT_SECONDS:g}s', true), set_config('plan_cache_mode', 'auto', true)"
 )
 
 

@@ -16,6 +16,10 @@ LOCK_SESSION_FOR_DELETE = f"""
 SELECT {_SESSION} FROM chat.chat_sessions WHERE session_id = $1 FOR UPDATE
 """
 
+# After the lock, where no message of the writes can be stored already: their ids are new. The join below is
+# planned anew at every execution, which costs more than it saves in looking.
+STATE = "SELECT protocol, epoch, mode, cache FROM chat.cache_state WHERE id = 1"
+
 # After the lock: the state of the cache, and which of the writes' messages are stored already.
 STATE_AND_STORED = """
 SELECT c.protocol, c.epoch, c.mode, c.cache,

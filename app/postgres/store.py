@@ -228,7 +228,7 @@ class PostgresChatSessionStore:
         async with self._database.transaction() as conn:
             record = await conn.fetchrow(statements.LOCK_SESSIONS, [session_id])
             # A statement of its own, after the lock: it sees what was committed while we waited.
-            state = await conn.fetchrow(statements.STATE_AND_STORED, [], [], [])
+            state = await conn.fetchrow(statements.STATE)
             if state is None:
                 raise DurableStoreUnavailable("chat.cache_state is empty", hint="start the service once")
             yield _Locked(row_of(record) if record else None, state_of(state), conn)
@@ -260,12 +260,13 @@ class PostgresChatSessionStore:
         ids = [message.message_id for message in append.messages] if _keyed(append) else []
         if ids and isinstance(append.turn, BeginTurn):
             ids.append(append.turn.answer_id)
-        records = await conn.fetch(
-            statements.STATE_AND_STORED,
-            [append.session_id] * len(ids),
-            [session_month(append.session_id)] * len(ids),
-            ids,
-        )
+        if ids:
+            months = [session_month(append.session_id)] * len(ids)
+            records = await conn.fetch(
+                statements.STATE_AND_STORED, [append.session_id] * len(ids), months, ids
+            )
+        else:
+            records = await conn.fetch(statements.STATE)
         if not records:
             raise DurableStoreUnavailable("chat.cache_state is empty", hint="start the service once")
         state = state_of(records[0])
@@ -275,6 +276,8 @@ class PostgresChatSessionStore:
                 f"this process serves hybrid, protocol {PROTOCOL}",
                 hint="restart this process",
             )
+        if not ids:
+            return {}
         return {record["message_id"]: record for record in records if record["message_id"] is not None}
 
     async def delete(

@@ -12,6 +12,7 @@ from typing import Any
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.commands.core import AsyncScript
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from app.coherence.ports import CacheOutage, CacheOutOfMemory
@@ -84,6 +85,7 @@ class BoundedRedis:
         self._timeout_seconds = timeout_seconds
         self._out_until = 0.0
         self._out = False
+        self._scripts: dict[str, AsyncScript] = {}
 
     @asynccontextmanager
     async def step(self) -> AsyncIterator[Redis]:
@@ -109,7 +111,10 @@ class BoundedRedis:
     async def script(self, name: str, keys: list[str], args: list[Any]) -> Any:
         """Runs a script of `lua/` in one step and one round trip (two the first time)."""
         async with self.step() as redis:
-            return await redis.register_script(script_text(name))(keys=keys, args=args)
+            # Kept: making one hashes its text.
+            if name not in self._scripts:
+                self._scripts[name] = redis.register_script(script_text(name))
+            return await self._scripts[name](keys=keys, args=args)
 
     def _note_outage(self, exc: BaseException) -> None:
         self._out_until = time.monotonic() + _REST_SECONDS

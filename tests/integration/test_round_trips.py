@@ -34,12 +34,13 @@ pytestmark = pytest.mark.anyio
 MESSAGES_MAX = 10
 
 FILL = ["WATCH", "GET", "MULTI", "SET", "EXEC"]
-WRITE = ["BEGIN", "lock session", "state and stored", "append", "COMMIT"]
-LOCKED_READ = ["BEGIN", "lock session", "state and stored", "messages", "COMMIT"]
+WRITE = ["BEGIN", "lock session", "state", "append", "COMMIT"]
+KEYED_WRITE = ["BEGIN", "lock session", "state and stored", "append", "COMMIT"]
+LOCKED_READ = ["BEGIN", "lock session", "state", "messages", "COMMIT"]
 LIST = ["BEGIN", "list", "ROLLBACK"]
 DELETE = ["BEGIN", "lock session for delete", "delete messages", "delete turns", "delete session", "COMMIT"]
 BEGUN = ["BEGIN", "lock session", "state and stored", "hold turn", "append", "COMMIT"]
-FINISHED = ["BEGIN", "lock session", "state and stored", "release turn", "append", "COMMIT"]
+FINISHED = ["BEGIN", "lock session", "state", "release turn", "append", "COMMIT"]
 
 #: Operation -> store -> (what Redis is sent, what PostgreSQL is sent).
 COSTS: dict[str, dict[str, tuple[list[str], list[str]]]] = {
@@ -54,9 +55,9 @@ COSTS: dict[str, dict[str, tuple[list[str], list[str]]]] = {
         "postgres": ([], WRITE),
     },
     "keyed append": {
-        "hybrid": (["EVALSHA"], WRITE),
+        "hybrid": (["EVALSHA"], KEYED_WRITE),
         "redis": (["EVALSHA"], []),
-        "postgres": ([], WRITE),
+        "postgres": ([], KEYED_WRITE),
     },
     "replayed append": {
         "hybrid": ([], ["BEGIN", "lock session", "state and stored", "COMMIT"]),
@@ -132,6 +133,7 @@ STATEMENTS = {
     r"chat_sessions WHERE session_id = \$1 FOR UPDATE": "lock session for delete",
     r"^WITH head AS": "append",
     r"JOIN chat\.chat_messages m USING": "state and stored",
+    r"cache FROM chat\.cache_state WHERE id = 1": "state",
     r"^INSERT INTO chat\.chat_sessions": "create",
     r"LEFT JOIN chat\.chat_sessions s": "lookup",
     r"seq BETWEEN": "messages",
