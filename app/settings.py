@@ -5,7 +5,7 @@ Values come from the environment and, below it, from `.env` in the working direc
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -138,6 +138,7 @@ class Settings(BaseSettings):
             and _has_a_port_or_none(f"//{value.partition('://')[2].rpartition('@')[2]}")
         ):
             raise ValueError("should be postgresql://user:password@host:5432/database")
+        _refuse_parameters(value, {"ssl", "sslmode"})
         return value
 
     @field_validator("redis_url")
@@ -147,6 +148,7 @@ class Settings(BaseSettings):
             _has_a_port_or_none(value) and urlsplit(value).scheme in {"redis", "rediss", "unix"}
         ):
             raise ValueError("should be redis://host:6379 (rediss:// for TLS, unix:// for a socket)")
+        _refuse_parameters(value, {"ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_keyfile"})
         return value
 
     @model_validator(mode="after")
@@ -189,6 +191,16 @@ def _has_a_port_or_none(url: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _refuse_parameters(url: str | None, known: set[str]) -> None:
+    """The drivers would fail on a parameter that they do not know, at the first connection."""
+    query = url.rpartition("@")[2].partition("?")[2] if url else ""
+    unknown = sorted({name for name, _ in parse_qsl(query, keep_blank_values=True)} - known)
+    if unknown:
+        raise ValueError(
+            f"has the parameter {', '.join(unknown)}: leave it out (known: {', '.join(sorted(known))})"
+        )
 
 
 def _explain(error: object) -> str:

@@ -2,8 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,14 +78,18 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
         await database.close()
 
 
+def required_redis_url(settings: Settings) -> str:
+    if settings.redis_url is None:
+        raise StartRefused("REDIS_URL is not set", hint="export REDIS_URL=redis://host:6379")
+    return settings.redis_url
+
+
 @asynccontextmanager
 async def open_redis(settings: Settings) -> AsyncIterator[BoundedRedis]:
     """The sessions' database of Redis. Raises `StartRefused` without REDIS_URL."""
-    if settings.redis_url is None:
-        raise StartRefused("REDIS_URL is not set", hint="export REDIS_URL=redis://host:6379")
     timeout_seconds = settings.redis_timeout_ms / 1000
     redis = create_redis(
-        settings.redis_url, database=settings.redis_db_sessions, timeout_seconds=timeout_seconds
+        required_redis_url(settings), database=settings.redis_db_sessions, timeout_seconds=timeout_seconds
     )
     try:
         yield BoundedRedis(redis, timeout_seconds=timeout_seconds)
@@ -100,13 +104,14 @@ async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIt
     Raises `StartRefused` where the settings, the schema, or the database's mode do not fit together.
     """
     async with AsyncExitStack() as stack:
+        # First what only looks: a start that is refused must not have claimed the database for its mode.
+        if settings.enable_redis_sessions:
+            required_redis_url(settings)
         database = None
-        mode: ServedMode = "redis-only"
         if settings.database_url is not None or not settings.redis_only_mode:
             database = await stack.enter_async_context(open_database(settings))
-            mode = await _served_mode(settings, database)
-            await make_partitions(database, months_from(utc_now().date(), MONTHS_AHEAD))
-        store = await _open_store(stack, settings, mode, database)
+            with _outage_refuses():
+                await require_revision(database)
         assistant = load_assistant(
             settings.assistant,
             documents_dir=settings.documents_dir,
@@ -119,6 +124,12 @@ async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIt
             deadline_seconds=settings.assistant_timeout_seconds,
         )
         stack.push_async_callback(assistant.close)
+        mode: ServedMode = "redis-only"
+        if database is not None:
+            with _outage_refuses():
+                mode = await _served_mode(settings, database)
+                await make_partitions(database, months_from(utc_now().date(), MONTHS_AHEAD))
+        store = await _open_store(stack, settings, mode, database)
         if database is not None:
             upkeep = asyncio.create_task(_keep_partitions(database))
             stack.push_async_callback(_stop, upkeep)
@@ -132,12 +143,16 @@ async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIt
         )
 
 
-async def _served_mode(settings: Settings, database: Database) -> ServedMode:
+@contextmanager
+def _outage_refuses() -> Iterator[None]:
     try:
-        await require_revision(database)
-        state = await claim_state(database, redis_only=settings.redis_only_mode)
+        yield
     except DurableStoreUnavailable as exc:
         raise StartRefused(str(exc), hint="start PostgreSQL, or correct DATABASE_URL") from exc
+
+
+async def _served_mode(settings: Settings, database: Database) -> ServedMode:
+    state = await claim_state(database, redis_only=settings.redis_only_mode)
     if state.mode == "redis-only":
         if not settings.enable_redis_sessions:
             raise StartRefused(
@@ -152,10 +167,8 @@ async def _open_store(
     stack: AsyncExitStack, settings: Settings, mode: ServedMode, database: Database | None
 ) -> ChatSessionStore:
     if mode == "redis-only":
-        if settings.redis_url is None:
-            raise StartRefused("REDIS_URL is not set", hint="export REDIS_URL=redis://host:6379")
         store = RedisChatSessionStore(
-            redis_url=settings.redis_url,
+            redis_url=required_redis_url(settings),
             redis_db=settings.redis_db_sessions,
             redis_db_aux=settings.redis_db_aux,
             session_ttl=settings.session_ttl_seconds,

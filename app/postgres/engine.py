@@ -41,14 +41,19 @@ _BEGIN = (
 
 # What PostgreSQL says when it, and not our statement, is the matter: connection trouble (08), a lack of
 # resources (53), an operator's intervention or a cancelled statement (57), system errors (58), read-only
-# (25006: a standby), lock and deadlock time-outs (55P03, 40P01).
+# (25006: a standby), lock and deadlock time-outs (55P03, 40P01), an account without the rights (42501).
 _OUTAGE_CLASSES = frozenset({"08", "53", "57", "58"})
-_OUTAGE_STATES = frozenset({"25006", "25P03", "28000", "28P01", "3D000", "40001", "40P01", "55000", "55P03"})
+_OUTAGE_STATES = frozenset(
+    {"25006", "25P03", "28000", "28P01", "3D000", "40001", "40P01", "42501", "55000", "55P03"}
+)
 
 
 def sqlalchemy_url(url: str) -> str:
-    """`postgresql://` and `postgresql+asyncpg://` are the same to us."""
-    return make_url(url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+    """`postgresql://` and `postgresql+asyncpg://` are the same to us; `sslmode` is what asyncpg calls `ssl`."""
+    parsed = make_url(url).set(drivername="postgresql+asyncpg")
+    if "sslmode" in parsed.query:
+        parsed = parsed.set(query={"ssl": parsed.query["sslmode"]})
+    return parsed.render_as_string(hide_password=False)
 
 
 def create_engine(
