@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 from uuid import UUID
@@ -788,11 +789,12 @@ class PrivatePostgres:
 
 
 @pytest.fixture(scope="module")
-def private_postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivatePostgres]:
-    postgres = PrivatePostgres(tmp_path_factory.mktemp("private"))
-    postgres.start()
-    yield postgres
-    postgres.stop()
+def private_postgres() -> Iterator[PrivatePostgres]:
+    with TemporaryDirectory(prefix="chat-tests-") as folder:
+        postgres = PrivatePostgres(Path(folder))
+        postgres.start()
+        yield postgres
+        postgres.stop()
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from redis.asyncio import Redis
@@ -76,10 +78,12 @@ def cache(make_cache: Callable[..., RedisSessionCache]) -> RedisSessionCache:
 
 
 @pytest.fixture(scope="module")
-def private_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def private_url() -> Iterator[str]:
     """A server whose memory may be taken away."""
-    folder = tmp_path_factory.mktemp("private")
-    with embedded_servers(folder, postgres=False, durable=False, redis_port=0) as servers:
+    with (
+        TemporaryDirectory(prefix="chat-tests-") as folder,
+        embedded_servers(Path(folder), postgres=False, durable=False, redis_port=0) as servers,
+    ):
         assert servers.redis_url is not None
         yield servers.redis_url
 

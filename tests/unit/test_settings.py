@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from app.errors import StartRefused
+from app.postgres.engine import sqlalchemy_url
 from app.settings import Settings, migration_database_url, read_settings
 
 PROJECT = Path(__file__).parents[2]
@@ -246,3 +247,32 @@ def test_the_example_file_can_be_used_as_it_is(tmp_path):
 
 def names_in(example: str) -> set[str]:
     return set(re.findall(r"^(?:# )?([A-Z][A-Z_]+)=", example, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("name", "url", "parameter"),
+    [
+        (
+            "DATABASE_URL",
+            "postgresql://u:secret@h/d?sslmode=require&channel_binding=require",
+            "channel_binding",
+        ),
+        ("REDIS_URL", "redis://:secret@h:6379?foo=1", "foo"),
+    ],
+)
+def test_a_parameter_that_no_driver_knows_stops_the_start_by_its_name(
+    monkeypatch: pytest.MonkeyPatch, name: str, url: str, parameter: str
+) -> None:
+    monkeypatch.setenv(name, url)
+
+    with pytest.raises(StartRefused) as refused:
+        read_settings(_env_file=None)
+
+    assert f"{name}: has the parameter {parameter}" in str(refused.value)
+    assert "secret" not in str(refused.value)
+
+
+def test_sslmode_of_hosted_databases_is_what_the_driver_calls_ssl() -> None:
+    url = sqlalchemy_url("postgresql://u:p@h/d?sslmode=require")
+
+    assert url == "postgresql+asyncpg://u:p@h/d?ssl=require"
