@@ -20,7 +20,7 @@ Guarantees that hold for each method:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from typing import Literal, Protocol
@@ -129,7 +129,13 @@ class Turn:
     answer: Message | None = None
     answer_id: UUID
     lease: FinishTurn | None = None
-    user_id: str | None = field(default=None)
+    user_id: str | None = None
+
+    def ended_by(self, answer: NewMessage) -> Append:
+        """The append that ends the turn: refused where a retry holds its lease now."""
+        return Append(
+            session_id=self.session.session_id, messages=(answer,), user_id=self.user_id, turn=self.lease
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -181,7 +181,8 @@ def outage_or_same(exc: Exception) -> Exception:
     if state is not None:
         if state[:2] in _OUTAGE_CLASSES or state in _OUTAGE_STATES:
             return DurableStoreUnavailable(f"PostgreSQL can't serve now: {cause}")
-        if state == "42P01":
+        # A table or its schema is missing: which one is said differs between versions.
+        if state in {"42P01", "3F000"}:
             return DurableStoreUnavailable(
                 f"the database has not the schema of this version: {cause}", hint="run `alembic upgrade head`"
             )

@@ -44,8 +44,8 @@ def upgrade(database_url: str, revision: str = "head") -> None:
     Raises `StartRefused` where PostgreSQL or the database's own revision stands against it.
     """
     from alembic import command  # noqa: PLC0415 - 0.2 s that only a migration should pay
-    from alembic.config import Config  # noqa: PLC0415
-    from alembic.util import CommandError  # noqa: PLC0415
+    from alembic.config import Config  # noqa: PLC0415 - see above
+    from alembic.util import CommandError  # noqa: PLC0415 - see above
 
     config = Config(os.fspath(PROJECT / "alembic.ini"))
     # Keeps the logging of the process that called: alembic.ini's own is for its command line.

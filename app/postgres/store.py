@@ -149,11 +149,7 @@ class PostgresChatSessionStore:
         return replace(turn, history=history.messages)
 
     async def finish_turn(self, turn: Turn, answer: NewMessage) -> Appended:
-        return await self.append(
-            Append(
-                session_id=turn.session.session_id, messages=(answer,), user_id=turn.user_id, turn=turn.lease
-            )
-        )
+        return await self.append(turn.ended_by(answer))
 
     async def abandon_turn(self, turn: Turn) -> None:
         if turn.lease is not None:

@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 
 from app.api.app import create_app
 from app.chat import format_time, keyed_message_id, new_uuid, utc_now
+from app.postgres.schema import REVISION
 from tests.databases import migrate, new_database
 from tests.integration.api_client import (
     MODES,
@@ -1174,13 +1175,11 @@ class TestHealth:
     @pytest.mark.parametrize("mode", ["hybrid", "postgres"], indirect=True)
     async def test_a_wrong_schema_revision_is_not_ready(self, api):
         async with api.runtime.database.connection() as conn:
-            right = await conn.fetchval(
-                "UPDATE alembic_version SET version_num = 'other' RETURNING OLD.version_num"
-            )
+            await conn.execute("UPDATE chat.alembic_version SET version_num = 'other'")
             try:
                 answer = await api.get("/health/ready")
             finally:
-                await conn.execute("UPDATE alembic_version SET version_num = $1", right)
+                await conn.execute("UPDATE chat.alembic_version SET version_num = $1", REVISION)
         assert answer.status_code == 503
         assert (answer.json()["status"], answer.json()["stores"]["postgres"]["status"]) == ("fail", "fail")
         assert "other" in answer.json()["stores"]["postgres"]["state"]
