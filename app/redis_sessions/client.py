@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
@@ -29,11 +30,22 @@ _REST_SECONDS = 0.25
 POOL_CONNECTIONS_MAX = 32
 
 
+class _Pool(BlockingConnectionPool):
+    """redis-py's pool, with a release that a cancellation cannot break off in the middle.
+
+    A command that is cancelled while it gives its connection back would keep that place in the pool for
+    ever: after `POOL_CONNECTIONS_MAX` of them Redis would be out until a restart.
+    """
+
+    async def release(self, connection: AbstractConnection) -> None:
+        await asyncio.shield(super().release(connection))
+
+
 def create_redis(url: str, *, database: int, timeout_seconds: float) -> Redis:
     """A client for one database. Connects on first use; retries nothing by itself: a command that was
     sent twice, once late, is exactly what the coherence protocol must be able to rule out.
     """
-    pool = BlockingConnectionPool.from_url(
+    pool = _Pool.from_url(
         url,
         max_connections=POOL_CONNECTIONS_MAX,
         timeout=timeout_seconds,

@@ -723,3 +723,25 @@ async def test_a_server_error_about_one_key_is_not_an_outage_for_the_others(
     await publish(cache, committed_append(listed, [new_message()]))
 
     assert isinstance(await cache.get(row.session.session_id), Entry)
+
+
+async def test_a_command_cancelled_while_it_gives_its_connection_back_leaves_no_hole_in_the_pool(
+    servers: Servers,
+) -> None:
+    """Method: the pool's lock is held from outside, so that the command waits in its release."""
+    redis = create_redis(servers.redis_url, database=1, timeout_seconds=1)
+    pool = redis.connection_pool
+    command = asyncio.create_task(redis.ping())
+    while not pool._in_use_connections:  # noqa: ASYNC110 - the pool has no event to wait for
+        await asyncio.sleep(0)
+    async with pool._condition:
+        await asyncio.sleep(0.05)
+        command.cancel()
+        await asyncio.gather(command, return_exceptions=True)
+
+    async with asyncio.timeout(5):
+        while pool._in_use_connections:  # noqa: ASYNC110 - see above
+            await asyncio.sleep(0.01)
+
+    assert command.cancelled()
+    await redis.aclose()
