@@ -191,8 +191,12 @@ class HybridChatSessionStore:
         """
         task = asyncio.create_task(write)
         self._writes.add(task)
-        task.add_done_callback(self._writes.discard)
+        task.add_done_callback(self._settle)
         return await asyncio.shield(task)
+
+    def _settle(self, task: asyncio.Task[Any]) -> None:
+        self._writes.discard(task)
+        _look_at(task)
 
     async def _create(self, user_id: str) -> SessionRead:
         row = await self._durable.create(user_id)
@@ -306,16 +310,18 @@ class HybridChatSessionStore:
     async def _filled(self, at_least: Row) -> "_View":
         """The session as a fill read it, at least as new as the row given. Single flight in this process."""
         session_id = at_least.session.session_id
-        while True:
+        # A fill that began before this caller did may have read an older row than the caller knows; the next
+        # one cannot have.
+        for _ in range(2):
             task = self._fills.get(session_id)
             if task is None:
                 task = asyncio.create_task(self._fill(session_id))
                 self._fills[session_id] = task
-                task.add_done_callback(lambda _: self._fills.pop(session_id, None))
+                task.add_done_callback(_look_at)
             view = await asyncio.shield(task)
-            # A fill that began before this caller did may have read an older row than the caller knows.
             if view.session.message_count >= at_least.session.message_count:
                 return view
+        raise DurableStoreUnavailable("the session's row went back while it was read", hint="try again")
 
     async def _fill(self, session_id: UUID) -> "_View":
         try:
@@ -326,6 +332,10 @@ class HybridChatSessionStore:
             if row is None:
                 raise SessionNotFound from None
             return _View(session=row.session)
+        finally:
+            # In here, and not when the task is found done: to await a finished task does not suspend, so a
+            # caller that needs a newer row than it has would go round for ever.
+            del self._fills[session_id]
 
     async def _fill_under_lock(self, session_id: UUID, watch: Watch) -> "_View":
         if _owned_by_redis(watch.value):
@@ -367,6 +377,12 @@ class _View:
     entry: Entry | None = None
     source: Source = "postgres"
     freshness: Freshness = CURRENT
+
+
+def _look_at(task: asyncio.Task[Any]) -> None:
+    """An error is the caller's; where the caller is gone, asyncio would report it as nobody's."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.debug("a write or a fill ended with an error: %r", error)
 
 
 def _owned_by_redis(cached: CachedValue | Literal["out"]) -> bool:

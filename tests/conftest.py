@@ -1,5 +1,6 @@
 """Servers and handles. Data comes from plain functions in `tests/factories.py`."""
 
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,6 +29,12 @@ def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
     with TemporaryDirectory(prefix="chat-tests-") as folder, open_servers(choose(), Path(folder)) as opened:
         request.config.stash[servers_key] = opened.versions()
         yield opened
+
+
+def pytest_configure() -> None:
+    # A run in the background of a script ignores Ctrl-C, and so would the services that the tests interrupt.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str:
