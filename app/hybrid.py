@@ -117,14 +117,7 @@ class HybridChatSessionStore:
         page = entry.newest(window, turn.question.seq + 1) if entry is not None else None
         if page is not None:
             return replace(turn, history=tuple(Message.from_line(line) for line in page[1]))
-        try:
-            history = await self._durable.read_history(
-                append.session_id, max_messages=window, before_seq=turn.question.seq + 1
-            )
-        except DurableStoreUnavailable:
-            await self.abandon_turn(turn)
-            raise
-        return replace(turn, history=history.messages)
+        return replace(turn, history=await self._durable.context(turn, window=window))
 
     async def finish_turn(self, turn: Turn, answer: NewMessage) -> Appended:
         return await self.append(turn.ended_by(answer))
@@ -274,7 +267,8 @@ class HybridChatSessionStore:
         if cached == _OUT:
             return _View(session=row.session)
         if isinstance(cached, Entry) and cached.equals(row):
-            return _View(session=cached.session, entry=cached, source="redis")
+            # The messages are the entry's; what is said about the session is the row's, which was read anyway.
+            return _View(session=row.session, entry=cached, source="redis")
         return await self._filled(row)
 
     async def _cached(self, session_id: UUID) -> CachedValue | Literal["out"]:
@@ -347,7 +341,7 @@ class HybridChatSessionStore:
             if row.owner == "redis":
                 raise AdoptionPending
             if isinstance(watch.value, Entry) and watch.value.equals(row):
-                return _View(session=watch.value.session, entry=watch.value, source="redis")
+                return _View(session=row.session, entry=watch.value, source="redis")
             lines = await locked.newest(self._messages_max)
             # Before the lock is released: nobody can commit between this snapshot and the EXEC.
             with suppress(CacheOutage):

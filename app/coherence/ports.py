@@ -228,6 +228,12 @@ class DurableStore(Protocol):
         """Locks the row, calls `before_commit`, deletes the session with all that belongs to it, commits."""
         ...
 
+    async def context(self, turn: Turn, *, window: int) -> tuple[Message, ...]:
+        """The newest `window` messages up to the turn's question. Where they can't be read, the turn's lease is
+        given back: a retry need not wait for its end.
+        """
+        ...
+
     async def abandon(self, session_id: UUID, lease: FinishTurn) -> None: ...
 
     async def read_history(

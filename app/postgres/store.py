@@ -139,14 +139,7 @@ class PostgresChatSessionStore:
         turn = turn_of(append, committed)
         if turn.answer is not None:
             return turn
-        try:
-            history = await self.read_history(
-                append.session_id, max_messages=window, before_seq=turn.question.seq + 1
-            )
-        except DurableStoreUnavailable:
-            await self.abandon_turn(turn)
-            raise
-        return replace(turn, history=history.messages)
+        return replace(turn, history=await self.context(turn, window=window))
 
     async def finish_turn(self, turn: Turn, answer: NewMessage) -> Appended:
         return await self.append(turn.ended_by(answer))
@@ -275,6 +268,16 @@ class PostgresChatSessionStore:
         if not ids:
             return {}
         return {record["message_id"]: record for record in records if record["message_id"] is not None}
+
+    async def context(self, turn: Turn, *, window: int) -> tuple[Message, ...]:
+        try:
+            history = await self.read_history(
+                turn.session.session_id, max_messages=window, before_seq=turn.question.seq + 1
+            )
+        except DurableStoreUnavailable:
+            await self.abandon_turn(turn)
+            raise
+        return history.messages
 
     async def delete(
         self, session_id: UUID, *, user_id: str | None, before_commit: Callable[[Row], Awaitable[None]]

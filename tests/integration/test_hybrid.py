@@ -30,7 +30,7 @@ from app.postgres.schema import claim_state
 from app.postgres.store import PostgresChatSessionStore
 from app.redis_sessions.cache import RedisSessionCache
 from app.redis_sessions.client import BoundedRedis, create_redis
-from app.redis_sessions.codec import encode
+from app.redis_sessions.codec import FIELDS, encode
 from app.redis_sessions.keys import session_key
 from app.store import ChatSessionStore
 from tests.contract.suite import Call, every_call, new_session, outcomes, texts, until
@@ -185,6 +185,21 @@ async def test_a_hand_in_redis_is_harmless_for_reads(
     assert await texts(store, session_id) == ["a", "b"]
     assert await texts(store, session_id) == ["a", "b"]
     assert await sources(store, session_id) == ["redis", "redis"]
+
+
+async def test_what_a_hand_writes_about_a_session_is_not_shown(
+    store: HybridChatSessionStore, redis: Redis
+) -> None:
+    """The user and the times stand in the row that was read beside the entry."""
+    session_id = await new_session(store, "a", user_id="owner")
+    before = await store.get_session(session_id)
+    value = await redis.get(session_key(session_id))
+
+    await redis.set(session_key(session_id), value.replace(b'"owner"', b'"thief"'), px=60_000)
+    await redis.setrange(session_key(session_id), FIELDS["last_activity"][0], b"2001-01-01T00:00:00.000Z")
+
+    assert await store.get_session(session_id) == before
+    assert before.source == "redis"
 
 
 @pytest.mark.parametrize("hand", HANDS.values(), ids=HANDS)
