@@ -137,6 +137,19 @@ class AdoptionPending(Unavailable):
     code = "adoption_pending"
 
 
+class Unadoptable(AdoptionPending):
+    """PostgreSQL can't take this session over from Redis as it is
+
+    It waits in Redis, untouched, until somebody mends or removes it.
+    """
+
+
+class ModeRefused(ChatError):
+    """the mode was not changed"""
+
+    code = "mode_refused"
+
+
 class StartRefused(ChatError):
     """the service can't start as it is set up"""
 

@@ -1,51 +1,72 @@
 """Chat sessions, written through: PostgreSQL decides, Redis answers.
 
-`HybridChatSessionStore` wraps a durable store with a cache. An answer given here could have been given by
-the durable store alone, except one labelled `unverified` during an outage of PostgreSQL.
+`HybridChatSessionStore` wraps a durable store with a cache. A write is acknowledged only after PostgreSQL has
+committed it and no reader anywhere may trust an older copy. From then on every read, on every instance,
+returns it: linearizable per session, whatever Redis, a process or a connection does. Not so for an answer
+labelled `unverified` during an outage of PostgreSQL.
 
-This is level 0 of the coherence protocol (`CACHE_VERIFY=always`): nothing that stands in Redis is believed
-for itself. A cached session is served only if its length and its chain equal those of its row, read from
-the primary while the entry was read. The argument in four lines:
+An entry is *trusted* if it is clean, carries epoch e, and is read by the holder of an unexpired lease on e
+from e's Redis. The claim: a trusted entry equals what PostgreSQL had committed at some moment of the read.
+It rests on eight rules, each named where it is kept:
 
-- A row's (message_count, chain) names one history: the chain is a hash over all message ids in order.
-- The row is read by a statement that began after the caller did, so it holds every acknowledged write.
-- An entry with the same pair holds the same messages as that row. Anything else is a miss.
-- So it does not matter what happened to Redis, or which of our commands were lost, late or doubled.
+1. Mark inside the transaction: after the row lock and before the commit a script makes the entry dirty. So a
+   crash, a lost publish or an unknown commit costs a validation, never a stale read. No mark, no commit.
+2. Publish after the commit, only on an entry that stands exactly before the write. Best effort: late, lost or
+   doubled, a publish harms nothing, because a dirty entry is not believed.
+3. Fill and validate under the row lock, with WATCH and EXEC before the transaction ends: never from a snapshot
+   that a writer is about to outdate; and an EXEC that comes late fails, because that writer touched the key.
+4. One epoch, in PostgreSQL. A reader's lease on it must be valid after Redis has answered (`app.coherence.lease`).
+   A writer reads it after the row lock and waits until the leases on older ones have ended.
+5. A writer that cannot mark rolls back, turns the cache off under a new epoch, waits, and goes on with
+   PostgreSQL alone. The heartbeat turns it on again, under another epoch: older entries are validated when touched.
+6. Sockets are bound to the Redis of an epoch: a restart from an old snapshot, a failover, a replica are refused
+   by the socket itself, and the epoch changes (`app.redis_sessions.client`, `app.coherence.heartbeat`).
+7. A duplicate is acknowledged without a mark: the first attempt marked before it could commit.
+8. Late and cancelled commands: no retries, a dropped socket, the session's id checked in every answer; a write
+   runs to its end in a task of its own, whatever becomes of its caller.
 
-What else is kept here, because the lease protocol builds on it:
+The row lock is the only barrier: writers read the epoch after it, validators stamp under it. Nothing is global.
 
-- Writes commit first. The publish after the commit changes an entry only if it stands exactly before the
-  write; the epoch of all entries is zero, which no lease will ever trust.
-- A fill holds the session's row lock from before its snapshot until after its EXEC, and WATCHes the key
-  from before that. A delete unlinks under the same lock and touches the key: no fill brings a session back.
-- Nothing overwrites or removes an entry that Redis owns, or one in the guide's format without a row:
-  such a session raises `AdoptionPending` until it is adopted.
+With `verify="always"` a read compares the entry with its row instead of trusting a lease: behind a proxy that
+hides failovers. All other rules hold there too, so instances of both kinds serve side by side.
 
-If Redis can't be reached, every call is answered by PostgreSQL; a write is complete when it has committed.
-If PostgreSQL can't be reached, writes are refused; cached sessions are served with the time since this
-process last heard from the primary (`serve_unverified`), or refused.
+Entries that Redis owns (Redis-only mode) and entries in the guide's format are adopted when they are touched: no
+script overwrites or removes one before its messages are committed in PostgreSQL.
 """
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from secrets import token_hex
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 from app.chat import ChatSession, Message, NewMessage, SessionStatus, Source
+from app.coherence.counts import Counts
+from app.coherence.heartbeat import Heartbeat, next_state
+from app.coherence.lease import Lease
 from app.coherence.ports import (
-    EPOCH_ZERO,
+    Adopted,
     CachedValue,
+    CacheMoved,
     CacheOutage,
+    CacheOutOfMemory,
+    CacheState,
     Committed,
     DurableStore,
     Entry,
     GuideEntry,
+    Interrupted,
+    LockedSession,
+    ModeChanged,
     Row,
+    RowBusy,
     SessionCache,
+    Unreadable,
     Watch,
+    refuse_other_protocols,
     turn_of,
 )
 from app.errors import (
@@ -54,6 +75,7 @@ from app.errors import (
     FreshnessUnknown,
     NotYetVisible,
     SessionNotFound,
+    Unadoptable,
 )
 from app.store import (
     CURRENT,
@@ -73,23 +95,45 @@ log = logging.getLogger("chat_sessions.hybrid")
 #: The state of a cache that could not be asked: different from an absent entry, it must not be filled.
 _OUT: Literal["out"] = "out"
 
+#: In leases: how long a write is tried before it is refused. One epoch to leave behind takes one, and two may
+#: follow closely.
+_WRITE_LEASES_MAX = 8
+
+#: How often an entry is looked at again that changed while it was adopted.
+_ADOPTIONS_MAX = 5
+
 _T = TypeVar("_T")
 
 
 class HybridChatSessionStore:
     """Keeps `ChatSessionStore` with PostgreSQL as the truth and Redis in front of it.
 
-    `messages_max` bounds a cached window; `serve_unverified` is `PG_OUTAGE_READS=serve`.
+    `messages_max` bounds a cached window; `serve_unverified` is `PG_OUTAGE_READS=serve`, `verify` is
+    `CACHE_VERIFY`. `lease` is renewed by `heartbeat`, which is somebody else's to run.
     """
 
     def __init__(
-        self, durable: DurableStore, cache: SessionCache, *, messages_max: int, serve_unverified: bool
+        self,
+        durable: DurableStore,
+        cache: SessionCache,
+        *,
+        lease: Lease,
+        heartbeat: Heartbeat,
+        counts: Counts,
+        messages_max: int,
+        serve_unverified: bool,
+        verify: Literal["lease", "always"] = "lease",
     ) -> None:
         self._durable = durable
         self._cache = cache
+        self._lease = lease
+        self._heartbeat = heartbeat
+        self._counts = counts
         self._messages_max = messages_max
         self._serve_unverified = serve_unverified
-        self._fills: dict[UUID, asyncio.Task[_View]] = {}
+        self._verify = verify
+        self._fence = _Fence(cache, lease)
+        self._fills: dict[UUID, _Fill] = {}
         self._writes: set[asyncio.Task[Any]] = set()
 
     # Writes
@@ -134,7 +178,7 @@ class HybridChatSessionStore:
     async def get_session(
         self, session_id: UUID, *, user_id: str | None = None, min_seq: int | None = None
     ) -> SessionRead:
-        view = await self._read(session_id, user_id, min_seq)
+        view = await self._seen(session_id, user_id, min_seq)
         return SessionRead(session=view.session, source=view.source, freshness=view.freshness)
 
     async def read_history(
@@ -146,7 +190,7 @@ class HybridChatSessionStore:
         min_seq: int | None = None,
         user_id: str | None = None,
     ) -> History:
-        view = await self._read(session_id, user_id, min_seq)
+        view = await self._seen(session_id, user_id, min_seq)
         page = view.entry.newest(max_messages, before_seq) if view.entry is not None else None
         if page is None:
             # Redis is out, or the window is too short for this page.
@@ -179,72 +223,147 @@ class HybridChatSessionStore:
     # Write-through
 
     async def _to_its_end(self, write: Coroutine[Any, Any, _T]) -> _T:
-        """Runs a write in a task of its own: a caller that goes away after the commit must not take the
-        publish with it, and one that goes away before it must not break the connection in between.
+        """Rule 8: a caller that goes away after the commit must not take the publish with it, and one that goes
+        away before it must not break the connection in between.
         """
         task = asyncio.create_task(write)
         self._writes.add(task)
-        task.add_done_callback(self._settle)
+        task.add_done_callback(self._forget_write)
         return await asyncio.shield(task)
 
-    def _settle(self, task: asyncio.Task[Any]) -> None:
+    def _forget_write(self, task: asyncio.Task[Any]) -> None:
         self._writes.discard(task)
         _look_at(task)
 
+    async def _admitted(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
+        """Runs a write's transaction until the epoch admits it. It waits with no lock and no connection held."""
+        deadline = self._lease.now() + _WRITE_LEASES_MAX * self._lease.seconds
+        while True:
+            try:
+                return await attempt()
+            except _Hold as hold:
+                self._counts.writes_held += 1
+                self._counts.hold_seconds += hold.seconds
+                interruption: Interrupted = hold
+                await asyncio.sleep(hold.seconds)
+            except _NotMarked as failed:
+                interruption = failed
+                await self._distrust(failed)
+            except RowBusy as busy:
+                interruption = busy
+            if self._lease.now() > deadline:
+                raise DurableStoreUnavailable(f"the write was held for too long: {interruption}")
+
+    async def _distrust(self, failed: "_NotMarked") -> None:
+        """Rule 5."""
+        log.warning("a write could not mark its entry: %s", failed.cause)
+        await self._heartbeat.change(failed.state, next_state(failed.state, cache="off"))
+
     async def _create(self, user_id: str) -> SessionRead:
-        row = await self._durable.create(user_id)
-        with suppress(CacheOutage):
-            async with self._cache.watch(row.session.session_id) as watch:
-                await watch.fill(row, EPOCH_ZERO, ())
+        token = token_hex(8)
+        set_under: CacheState | None = None
+
+        async def set_skeleton(row: Row, state: CacheState) -> None:
+            # A clean entry set from here could come late, and hide the first append: a dirty one can't.
+            nonlocal set_under
+            self._fence.refuse_other_modes(state)
+            if state.trusting:
+                with suppress(CacheOutage):
+                    await self._cache.skeleton(row, state, token=token)
+                    set_under = state
+
+        row = await self._durable.create(user_id, owner="postgres", before_commit=set_skeleton)
+        if set_under is not None:
+            with suppress(CacheOutage):
+                await self._cache.settle(row.session.session_id, set_under, token=token)
         return SessionRead(session=row.session, source="postgres")
 
     async def _write(self, append: Append, *, want_entry: bool) -> tuple[Committed, Entry | None]:
-        try:
-            committed = await self._durable.commit(append)
-        except SessionNotFound:
-            await self._refuse_unadopted(append.session_id)
-            raise
+        async def commit() -> Committed:
+            return await self._admitted(lambda: self._durable.commit(append, self._fence))
+
+        committed = await self._adopting(append.session_id, commit)
         if committed.replayed:
+            # Rule 7.
             return committed, None
         return committed, await self._publish(committed, want_entry=want_entry)
 
     async def _publish(self, committed: Committed, *, want_entry: bool) -> Entry | None:
-        """Carries a committed write to Redis before its caller is answered.
-
-        Best effort: an entry that missed it no longer equals its row, and the next reader fills it.
-        """
+        """Rule 2. The write is durable and stays acknowledged, whatever the copy of it meets."""
+        state = committed.state
+        if state is None or not state.trusting:
+            return None
         try:
-            published = await self._cache.publish(committed, EPOCH_ZERO, want_entry=want_entry)
+            published = await self._cache.publish(committed, state, want_entry=want_entry)
             if published.outcome in {"absent", "behind"}:
                 # A session that had left Redis lives there again with its next message.
-                return (await self._filled(committed.after)).entry
-        except (CacheOutage, AdoptionPending, SessionNotFound, DurableStoreUnavailable) as exc:
-            # The write is durable and stays acknowledged, whatever the copy of it met.
+                return (await self._filled(committed.after.session.session_id)).entry
+        except (Interrupted, AdoptionPending, SessionNotFound, DurableStoreUnavailable) as exc:
             log.debug("not published: %s", exc)
             return None
         return published.entry
 
     async def _delete(self, session_id: UUID, user_id: str | None) -> ChatSession:
-        async def unlink(_row: Row) -> None:
-            try:
-                removed = await self._cache.remove(session_id)
-            except CacheOutage:
-                # Without its row the entry is never served again, and it expires.
+        async def unlink(row: Row, state: CacheState) -> None:
+            if row.owner == "redis":
+                raise AdoptionPending
+            self._fence.admit(state)
+            if not state.trusting:
+                if state.mode == "draining":
+                    # Redis may hold the session too, and would bring it back.
+                    raise AdoptionPending
                 return
+            try:
+                removed = await self._cache.remove(session_id, state)
+            except CacheOutage as exc:
+                raise _NotMarked(state, exc) from exc
             if not removed:
                 raise AdoptionPending
 
-        try:
-            row = await self._durable.delete(session_id, user_id=user_id, before_commit=unlink)
-        except SessionNotFound:
-            await self._refuse_unadopted(session_id)
-            raise
-        return row.session
+        async def delete() -> Row:
+            return await self._admitted(
+                lambda: self._durable.delete(session_id, user_id=user_id, before_commit=unlink)
+            )
+
+        return (await self._adopting(session_id, delete)).session
 
     # Read-through
 
+    async def _seen(self, session_id: UUID, user_id: str | None, min_seq: int | None) -> "_View":
+        """The session as this caller may see it, adopted where Redis held it for itself."""
+        return await self._adopting(
+            session_id, lambda: self._read(session_id, user_id, min_seq), looked_in_redis=True
+        )
+
     async def _read(self, session_id: UUID, user_id: str | None, min_seq: int | None) -> "_View":
-        """The session as this caller may see it, out of Redis where that equals the row."""
+        if self._verify == "lease" and (state := self._lease.current()) is not None:
+            view = await self._trusted(session_id, state)
+            if view is not None and (min_seq or 0) <= view.session.message_count:
+                if user_id not in {None, view.session.user_id}:
+                    raise SessionNotFound
+                return view
+        return await self._compared(session_id, user_id, min_seq)
+
+    async def _trusted(self, session_id: UUID, state: CacheState) -> "_View | None":
+        """Out of Redis alone, or filled from PostgreSQL. None: Redis, or the right to believe it, is out."""
+        try:
+            cached = await self._cache.get(session_id, state)
+        except CacheOutage:
+            return None
+        if not self._lease.still(state):
+            # Rule 4: Redis, or this process, took so long that a writer need not have waited for us.
+            self._counts.lease_expired_reads += 1
+            return None
+        if isinstance(cached, Entry) and _trustworthy(cached, state):
+            self._counts.cache_hits += 1
+            return _View(session=cached.session, entry=cached, source="redis")
+        if _adoptable(cached):
+            # Not left to the fill: when Redis goes out before it, it would take a session without a row for none.
+            raise AdoptionPending
+        return await self._filled(session_id)
+
+    async def _compared(self, session_id: UUID, user_id: str | None, min_seq: int | None) -> "_View":
+        """The entry and its row at the same time: equal length and equal chain are the same messages."""
         cached, found = await asyncio.gather(
             self._cached(session_id), self._durable.lookup(session_id), return_exceptions=True
         )
@@ -254,26 +373,37 @@ class HybridChatSessionStore:
             return self._unverified(cached, found, user_id, min_seq)
         if isinstance(found, BaseException):
             raise found
-        row, _ = found
+        row, state = found
+        self._fence.refuse_other_modes(state)
         if row is None:
-            await self._refuse_owned_or_clean(session_id, cached)
-            raise SessionNotFound
-        if user_id not in {None, row.session.user_id}:
-            raise SessionNotFound
-        if row.owner == "redis" or _owned_by_redis(cached):
+            return await self._without_row(session_id, cached, state)
+        if _adoptable(cached):
             raise AdoptionPending
-        if min_seq is not None and min_seq > row.session.message_count:
-            raise NotYetVisible
+        _check_visible(row, user_id, min_seq)
         if cached == _OUT:
             return _View(session=row.session)
         if isinstance(cached, Entry) and cached.equals(row):
             # The messages are the entry's; what is said about the session is the row's, which was read anyway.
             return _View(session=row.session, entry=cached, source="redis")
-        return await self._filled(row)
+        return await self._filled(session_id)
+
+    async def _without_row(
+        self, session_id: UUID, cached: CachedValue | Literal["out"], state: CacheState
+    ) -> "_View":
+        if _adoptable(cached) or (cached == _OUT and state.mode == "draining"):
+            # Redis may hold it alone.
+            raise AdoptionPending
+        if isinstance(cached, Entry):
+            # Deleted, and brought back by an old snapshot; or adopted since the look-up. The lock will tell.
+            return await self._filled(session_id)
+        raise SessionNotFound
 
     async def _cached(self, session_id: UUID) -> CachedValue | Literal["out"]:
+        state = self._lease.state
+        if state is None or not state.trusting:
+            return _OUT
         try:
-            return await self._cache.get(session_id)
+            return await self._cache.get(session_id, state)
         except CacheOutage:
             return _OUT
 
@@ -284,16 +414,20 @@ class HybridChatSessionStore:
         user_id: str | None,
         min_seq: int | None,
     ) -> "_View":
-        """What may be served while PostgreSQL is out: a clean entry of ours, with its age said."""
-        if not isinstance(cached, Entry) or _owned_by_redis(cached):
+        """What may be served while PostgreSQL is out: an entry that could be trusted when it was last heard
+        from, with the time since then.
+        """
+        state = self._lease.state
+        if not isinstance(cached, Entry) or state is None or not _trustworthy(cached, state):
             raise outage
         session = cached.session
         if user_id not in {None, session.user_id}:
             raise SessionNotFound
-        if cached.pending > session.message_count or (min_seq or 0) > session.message_count:
+        if (min_seq or 0) > session.message_count:
             raise outage
         if not self._serve_unverified:
             raise FreshnessUnknown from outage
+        self._counts.unverified_reads += 1
         return _View(
             session=session,
             entry=cached,
@@ -301,66 +435,277 @@ class HybridChatSessionStore:
             freshness=Freshness(age_seconds=self._durable.seconds_since_heard()),
         )
 
-    async def _filled(self, at_least: Row) -> "_View":
-        """The session as a fill read it, at least as new as the row given. Single flight in this process."""
-        session_id = at_least.session.session_id
-        # A fill that began before this caller did may have read an older row than the caller knows; the next
-        # one cannot have.
-        for _ in range(2):
-            task = self._fills.get(session_id)
-            if task is None:
-                task = asyncio.create_task(self._fill(session_id))
-                self._fills[session_id] = task
-                task.add_done_callback(_look_at)
-            view = await asyncio.shield(task)
-            if view.session.message_count >= at_least.session.message_count:
-                return view
-        raise DurableStoreUnavailable("the session's row went back while it was read", hint="try again")
+    async def _filled(self, session_id: UUID) -> "_View":
+        """The session as PostgreSQL has it at some moment of this call, and in Redis again. Single flight in this
+        process; between processes the row lock queues the fills, and the second one finds the entry there.
+        """
+        fill = self._fills.get(session_id)
+        if fill is None or not fill.open:
+            fill = self._fills[session_id] = _Fill()
+            fill.task = asyncio.create_task(self._fill(session_id, fill))
+            fill.task.add_done_callback(_look_at)
+        return await asyncio.shield(fill.task)
 
-    async def _fill(self, session_id: UUID) -> "_View":
+    async def _fill(self, session_id: UUID, fill: "_Fill") -> "_View":
+        state = self._lease.state
         try:
-            async with self._cache.watch(session_id) as watch:
-                return await self._fill_under_lock(session_id, watch)
-        except CacheOutage:
+            if state is not None and state.trusting:
+                with suppress(CacheOutage, RowBusy):
+                    async with self._cache.watch(session_id, state) as watch:
+                        return await self._fill_under_lock(session_id, watch, fill)
+            fill.open = False
             row, _ = await self._durable.lookup(session_id)
-            if row is None:
-                raise SessionNotFound from None
-            return _View(session=row.session)
         finally:
-            # In here, and not when the task is found done: to await a finished task does not suspend, so a
-            # caller that needs a newer row than it has would go round for ever.
-            del self._fills[session_id]
-
-    async def _fill_under_lock(self, session_id: UUID, watch: Watch) -> "_View":
-        if _owned_by_redis(watch.value):
+            if self._fills.get(session_id) is fill:
+                del self._fills[session_id]
+        if row is None:
+            raise SessionNotFound
+        if row.owner == "redis":
             raise AdoptionPending
+        return _View(session=row.session)
+
+    async def _fill_under_lock(self, session_id: UUID, watch: Watch, fill: "_Fill") -> "_View":
+        """Rule 3. What was read under the lock is current until the lock is released, at the end of the block:
+        whoever joins before that joins something that is newer than his call.
+        """
+        value = watch.value
         async with self._durable.locked(session_id) as locked:
+            self._fence.refuse_other_modes(locked.state)
+            self._lease.learn(locked.state)
             row = locked.row
-            if row is None:
-                raise SessionNotFound
-            if row.owner == "redis":
+            if _adoptable(value) or (row is not None and row.owner == "redis"):
                 raise AdoptionPending
-            if isinstance(watch.value, Entry) and watch.value.equals(row):
-                return _View(session=row.session, entry=watch.value, source="redis")
-            lines = await locked.newest(self._messages_max)
-            # Before the lock is released: nobody can commit between this snapshot and the EXEC.
-            with suppress(CacheOutage):
-                await watch.fill(row, EPOCH_ZERO, lines)
-        return _View(session=row.session, entry=Entry.of(row, lines))
+            if row is None:
+                if value is not None:
+                    # Deleted, and brought back by an old snapshot: its words should not outlive it.
+                    await self._cache.remove(session_id, locked.state)
+                raise SessionNotFound
+            if isinstance(value, Entry) and value.equals(row):
+                view = _View(session=row.session, entry=value, source="redis")
+                if not _trustworthy(value, locked.state):
+                    self._counts.cache_validations += 1
+                    await self._into(watch, locked, watch.stamp)
+            else:
+                lines = await locked.newest(self._messages_max)
+                if len(lines) < min(row.session.message_count, self._messages_max):
+                    # A damaged table: what stands in Redis may be the only copy of what is missing here.
+                    log.error("session %s has fewer messages than its row counts: not filled", session_id)
+                    fill.open = False
+                    return _View(session=row.session)
+                view = _View(session=row.session, entry=Entry.of(row, lines))
+                self._counts.cache_fills += 1
+                await self._into(watch, locked, lambda epoch: watch.fill(row, epoch, lines))
+            fill.open = False
+        return view
 
-    async def _refuse_unadopted(self, session_id: UUID) -> None:
-        """A session without a row may be one that Redis holds alone."""
-        cached = await self._cached(session_id)
-        if isinstance(cached, GuideEntry) or _owned_by_redis(cached):
+    async def _into(
+        self, watch: Watch, locked: LockedSession, write: Callable[[str], Awaitable[bool]]
+    ) -> bool:
+        """Writes to Redis under the row lock, if this is the Redis of the epoch as it is under the lock."""
+        state = locked.state
+        if not state.trusting or watch.identity != state.redis_identity:
+            return False
+        with suppress(CacheOutage):
+            return await write(state.epoch)
+        return False
+
+    # Adoption
+
+    async def _adopting(
+        self, session_id: UUID, call: Callable[[], Awaitable[_T]], *, looked_in_redis: bool = False
+    ) -> _T:
+        """Runs `call`; where Redis holds the session for itself, PostgreSQL takes it over first."""
+        for _ in range(_ADOPTIONS_MAX):
+            try:
+                return await call()
+            except AdoptionPending:
+                await self.adopt(session_id)
+            except SessionNotFound:
+                if looked_in_redis:
+                    raise
+                cached = await self._cached(session_id)
+                if cached == _OUT and self._draining:
+                    # Perhaps one that Redis holds alone.
+                    raise AdoptionPending from None
+                if _adoptable(cached):
+                    await self.adopt(session_id)
+                elif isinstance(cached, Entry) or self._draining:
+                    # Another process may have adopted it since we looked for a row.
+                    return await call()
+                else:
+                    raise
+        raise AdoptionPending
+
+    @property
+    def _draining(self) -> bool:
+        return self._lease.state is not None and self._lease.state.mode == "draining"
+
+    async def adopt(self, session_id: UUID) -> Adopted | None:
+        """Makes PostgreSQL the owner of a session that Redis holds for itself, message by message, by id.
+
+        None: there is nothing to adopt. Safe to repeat, also after a crash at any line: what is committed is
+        recognised by its ids, the entry is only replaced if it is still the one that was read, and the row is
+        PostgreSQL's only after that: as long as Redis-only writers may write to the entry, nobody else writes.
+        Raises `AdoptionPending` while Redis can't be asked, `Unadoptable` for what PostgreSQL can't take.
+        """
+        adoption = _Adoption()
+        for _ in range(_ADOPTIONS_MAX):
+            try:
+                settled = await self._admitted(lambda: self._adopt(session_id, adoption))
+            except CacheOutOfMemory:
+                adoption.drops = True
+                continue
+            except CacheOutage as exc:
+                raise AdoptionPending("Redis may hold this session for itself, and is out") from exc
+            if settled:
+                return self._told(session_id, adoption.adopted)
+        raise AdoptionPending
+
+    async def _adopt(self, session_id: UUID, adoption: "_Adoption") -> bool:
+        """One attempt, and whether the entry was still the one that was read when it was replaced."""
+        state = self._lease.state
+        if state is None or not state.trusting:
+            raise CacheOutage
+        async with self._cache.watch(session_id, state) as watch:
+            value = watch.value
+            async with self._durable.locked(session_id) as locked:
+                self._admit_adoption(locked.state, watch)
+                made = locked.row is None
+                adopted = await _take_over(value, locked)
+                made = made and adopted is not None
+                if made and not await watch.touch():
+                    # Adopted by another since the entry was read, and perhaps deleted again: to commit the row
+                    # now would bring it back (found by the model).
+                    raise RowBusy
+                adoption.add(adopted)
+                if adopted is None and locked.row is None and _is_left_over(value):
+                    await self._cache.remove(session_id, locked.state)
+            if adopted is None and (locked.row is None or isinstance(value, Entry)):
+                return True
+            # Committed: all that was read of the entry is in PostgreSQL.
+            if made:
+                # The touch has ended the watch: the entry is looked at again.
+                return False
+            async with self._durable.locked(session_id) as locked:
+                self._admit_adoption(locked.state, watch)
+                row = locked.row
+                if row is None or adoption.drops:
+                    # Deleted in between; or Redis has no memory for an entry of ours.
+                    replaced = await watch.drop()
+                else:
+                    ours = replace(row, owner="postgres")
+                    replaced = await watch.fill(
+                        ours, locked.state.epoch, await locked.newest(self._messages_max)
+                    )
+                if replaced and row is not None and row.owner == "redis":
+                    await locked.give_to("postgres")
+        return replaced
+
+    def _admit_adoption(self, state: CacheState, watch: Watch) -> None:
+        self._fence.admit(state)
+        if not state.trusting or watch.identity != state.redis_identity:
+            raise CacheMoved(state.redis_identity)
+
+    def _told(self, session_id: UUID, adopted: Adopted | None) -> Adopted | None:
+        if adopted is None:
+            return None
+        self._counts.sessions_adopted += 1
+        if adopted.gone:
+            log.warning(
+                "session %s was adopted; %d of its messages had left Redis's window before",
+                *(session_id, adopted.gone),
+            )
+        if adopted.expired:
+            log.warning("session %s had expired in Redis: it has what PostgreSQL had", session_id)
+        return replace(adopted, row=replace(adopted.row, owner="postgres"))
+
+
+class _Fence:
+    """Keeps `app.coherence.ports.Fence` for every write of a process."""
+
+    def __init__(self, cache: SessionCache, lease: Lease) -> None:
+        self._cache = cache
+        self._lease = lease
+
+    def refuse_other_modes(self, state: CacheState) -> None:
+        refuse_other_protocols(state)
+        if state.mode == "redis-only":
+            raise ModeChanged(state)
+
+    def admit(self, state: CacheState) -> None:
+        """Rule 4, the writer's half."""
+        self.refuse_other_modes(state)
+        self._lease.learn(state)
+        if (left := self._lease.hold_seconds(state)) > 0:
+            raise _Hold(left)
+
+    async def mark(self, before: Row, after: Row, state: CacheState) -> None:
+        """Rule 1."""
+        if not state.trusting:
+            return
+        token = token_hex(8)
+        try:
+            outcome = await self._mark_twice(before, after, state, token)
+        except CacheOutage as exc:
+            raise _NotMarked(state, exc) from exc
+        if outcome in {"redis-owned", "foreign"}:
             raise AdoptionPending
 
-    async def _refuse_owned_or_clean(self, session_id: UUID, cached: CachedValue | Literal["out"]) -> None:
-        if isinstance(cached, GuideEntry) or _owned_by_redis(cached):
-            raise AdoptionPending
-        if isinstance(cached, Entry):
-            # Deleted while Redis was out: its words should not outlive it.
-            with suppress(CacheOutage):
-                await self._cache.remove(session_id)
+    async def _mark_twice(self, before: Row, after: Row, state: CacheState, token: str) -> str:
+        started = self._lease.now()
+        try:
+            return await self._cache.mark(before, after, state, token=token)
+        except CacheMoved:
+            raise
+        except CacheOutage:
+            # A connection that was cut says so at once, and the next one may be whole. Who was kept waiting
+            # has waited long enough.
+            if self._lease.now() - started > _SOON_SECONDS:
+                raise
+        return await self._cache.mark(before, after, state, token=token)
+
+
+#: A mark that fails sooner than this did not run into its time-out.
+_SOON_SECONDS = 0.05
+
+
+class _Hold(Interrupted):
+    """The epoch is new to this process: leases on older ones may last for `seconds` more."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(f"the epoch changed, {seconds:.3f} s are left to wait")
+
+
+class _NotMarked(Interrupted):
+    """The entry could not be marked under `state`."""
+
+    def __init__(self, state: CacheState, cause: CacheOutage) -> None:
+        self.state = state
+        self.cause = cause
+        super().__init__(str(cause))
+
+
+@dataclass(slots=True)
+class _Fill:
+    """A fill under way. `open` until its row lock is about to be released: then it is too old for newcomers."""
+
+    open: bool = True
+    task: "asyncio.Task[_View]" = field(init=False)
+
+
+@dataclass(slots=True)
+class _Adoption:
+    """What all attempts to adopt one session have in common."""
+
+    adopted: Adopted | None = None
+    drops: bool = False
+
+    def add(self, adopted: Adopted | None) -> None:
+        if self.adopted is not None and adopted is not None:
+            before = self.adopted
+            adopted = replace(adopted, added=before.added + adopted.added, known=before.known)
+        self.adopted = adopted or self.adopted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -373,14 +718,58 @@ class _View:
     freshness: Freshness = CURRENT
 
 
+async def _take_over(value: CachedValue, locked: LockedSession) -> Adopted | None:
+    if isinstance(value, Unreadable):
+        raise Unadoptable(
+            f"Redis holds this session for itself, and it can't be read back: {value.why}",
+            hint="correct or remove its entry in Redis",
+        )
+    if locked.row is None and _is_left_over(value):
+        return None
+    if isinstance(value, GuideEntry | Entry) and _adoptable(value):
+        try:
+            messages = value.messages
+        except (ValueError, KeyError, TypeError) as exc:
+            raise Unadoptable(
+                f"Redis holds this session for itself, and a line of it is no message: {exc}",
+                hint=f"look at session:{value.session.session_id} in Redis, and correct it there",
+            ) from exc
+        return await locked.adopt(value.session, messages)
+    if locked.row is not None and locked.row.owner == "redis":
+        # It expired in Redis-only mode: PostgreSQL keeps what it has. (Or all that was left to do is to give it.)
+        expired = not (isinstance(value, Entry) and value.equals(locked.row))
+        return replace(await locked.adopt(locked.row.session, ()), expired=expired)
+    return None
+
+
+def _is_left_over(value: CachedValue) -> bool:
+    """An entry that was to be Redis's when its row was committed. Without a row it never was, or it was deleted."""
+    return isinstance(value, Entry) and value.owner == "redis" and value.dirty
+
+
+def _check_visible(row: Row, user_id: str | None, min_seq: int | None) -> None:
+    if user_id not in {None, row.session.user_id}:
+        raise SessionNotFound
+    if row.owner == "redis":
+        raise AdoptionPending
+    if min_seq is not None and min_seq > row.session.message_count:
+        raise NotYetVisible
+
+
+def _trustworthy(entry: Entry, state: CacheState) -> bool:
+    return entry.epoch == state.epoch and not entry.dirty and entry.owner == "postgres" and state.trusting
+
+
+def _adoptable(cached: CachedValue | Literal["out"]) -> bool:
+    return isinstance(cached, GuideEntry | Unreadable) or (
+        isinstance(cached, Entry) and cached.owner == "redis"
+    )
+
+
 def _look_at(task: asyncio.Task[Any]) -> None:
     """An error is the caller's; where the caller is gone, asyncio would report it as nobody's."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.debug("a write or a fill ended with an error: %r", error)
-
-
-def _owned_by_redis(cached: CachedValue | Literal["out"]) -> bool:
-    return isinstance(cached, Entry) and cached.owner == "redis"
 
 
 def _degraded(health: StoreHealth) -> StoreHealth:

@@ -67,8 +67,10 @@ class Settings(BaseSettings):
     database_pooler: Literal["none", "transaction"] = Field(
         "none", description="`transaction` behind pgbouncer in transaction mode"
     )
-    cache_verify: Literal["always"] = Field(
-        "always", description="every cached read is compared with its row in PostgreSQL"
+    cache_verify: Literal["lease", "always"] = Field(
+        "lease",
+        description="`always`: every cached read is compared with its row in PostgreSQL, "
+        "for a Redis behind a proxy that hides failovers",
     )
     pg_outage_reads: Literal["serve", "refuse"] = Field(
         "serve", description="while PostgreSQL is out: serve cached history, labelled, or refuse it"

@@ -9,8 +9,9 @@ Guarantees that hold for each method:
 - An answer is linearizable per session in the store's source of truth, unless its `freshness` says
   `unverified`.
 - A write that returns is durable in the source of truth. A write that raises anything but
-  `CommitUnknown` left nothing behind; only `begin_turn` may have stored the question when it raises an
-  outage, and then a retry with the same key goes on at once.
+  `CommitUnknown`, or `RedisUnavailable` in Redis-only mode, left nothing behind: after those two, a retry
+  with the same key finds out. Only `begin_turn` may have stored the question when it raises an outage, and
+  then a retry with the same key goes on at once.
 - An outage raises a subclass of `Unavailable`. It never reads as `SessionNotFound` or as an empty list.
 - `user_id`, where given, must own the session: otherwise the session does not exist for this caller
   (`SessionNotFound`).

@@ -8,11 +8,13 @@ from tempfile import TemporaryDirectory
 import pytest
 from redis.asyncio import Redis
 
+from app.coherence.ports import CacheState
+from app.postgres.cache_state import claim_state
 from app.postgres.engine import Database, create_engine
-from app.postgres.schema import claim_state
 from app.settings import Settings
-from tests.databases import empty, migrate, new_database
+from tests.databases import empty, forget_state, migrate, new_database
 from tests.servers import Servers, announcement, choose, open_servers
+from tests.stores import trust
 
 servers_key = pytest.StashKey[str]()
 
@@ -55,7 +57,7 @@ async def database_url(servers: Servers, anyio_backend: str) -> AsyncIterator[st
 
 @pytest.fixture
 async def database(database_url: str) -> AsyncIterator[Database]:
-    """The migrated database, empty, in mode hybrid."""
+    """The migrated database, empty, in mode hybrid; nobody may trust Redis."""
     database = Database(create_engine(database_url, application_name="tests"))
     await empty(database)
     await claim_state(database, redis_only=None)
@@ -76,6 +78,13 @@ async def redis(servers: Servers) -> AsyncIterator[Redis]:
 
 
 @pytest.fixture
-def settings(servers: Servers, database_url: str, database: Database, redis: Redis) -> Settings:
-    """Hybrid mode on the test's servers, both of them empty."""
+async def state(servers: Servers, database: Database, redis: Redis) -> CacheState:
+    """The state of the database, in which the test's Redis may be trusted."""
+    return await trust(database, servers.redis_url)
+
+
+@pytest.fixture
+async def settings(servers: Servers, database_url: str, database: Database, redis: Redis) -> Settings:
+    """Hybrid mode on the test's servers, both of them empty; a first start will claim the database."""
+    await forget_state(database)
     return Settings(_env_file=None, database_url=database_url, redis_url=servers.redis_url)

@@ -35,3 +35,9 @@ async def empty(database: Database) -> None:
         await conn.execute(
             "TRUNCATE chat.chat_sessions, chat.chat_messages, chat.chat_turns, chat.cache_state, chat.instances"
         )
+
+
+async def forget_state(database: Database) -> None:
+    """As before the first start: whoever starts now claims it, and need wait for nobody."""
+    async with database.connection() as conn:
+        await conn.execute("TRUNCATE chat.cache_state")

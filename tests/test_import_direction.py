@@ -24,14 +24,32 @@ MAY_IMPORT = {
     "hybrid": DOMAIN | {"coherence"},
     "postgres": DOMAIN | {"coherence"},
     "redis_sessions": DOMAIN | {"coherence"},
+    # Redis is the truth in it: of PostgreSQL it knows no more than the hybrid store does.
+    "redis_only": DOMAIN | {"coherence", "redis_sessions"},
+    "live": DOMAIN | {"coherence"},
+    # Looks after both sides, so it may know both.
+    "maintenance": DOMAIN | {"coherence", "hybrid", "postgres", "redis_sessions"},
     "assistants": DOMAIN,
     "analytics": DOMAIN | {"postgres"},
     "embedded": set(),
     "settings": {"errors"},
-    "wiring": DOMAIN | {"coherence", "hybrid", "postgres", "redis_sessions", "assistants", "settings"},
-    "api": DOMAIN | {"assistants", "settings", "wiring", "__init__"},
+    "wiring": DOMAIN
+    | {"coherence", "hybrid", "redis_only", "live", "postgres", "redis_sessions", "maintenance"}
+    | {"assistants", "settings", "__init__"},
+    "metrics": DOMAIN | {"wiring"},
+    "api": DOMAIN | {"assistants", "settings", "wiring", "metrics", "__init__"},
     "cli": DOMAIN
-    | {"coherence", "postgres", "redis_sessions", "analytics", "embedded", "settings", "wiring", "api"},
+    | {
+        "coherence",
+        "postgres",
+        "redis_sessions",
+        "maintenance",
+        "analytics",
+        "embedded",
+        "settings",
+        "wiring",
+    }
+    | {"api"},
     "migrations": {"errors", "settings", "postgres"},
     "__init__": set(),
     "__main__": {"cli"},
@@ -52,6 +70,7 @@ ONLY_IN = {
     "asyncpg": {"app/postgres", "app/analytics", "app/cli/doctor.py"},
     "alembic": {"app/postgres/schema.py", "migrations"},
     "httpx": {"app/assistants/openai_compatible"},
+    "prometheus_client": {"app/metrics.py"},
 }
 
 # what connects to something, or decides for the whole process -> where alone it may be called
@@ -60,12 +79,22 @@ CALLED_ONLY_IN = {
     "create_async_engine": {"app/postgres/engine.py", "migrations"},
     "Database": {"app/wiring.py", "app/cli"},
     # The guide's own arguments make a RedisChatSessionStore with connections of its own.
-    "create_redis": {"app/wiring.py", "app/redis_sessions/store.py"},
-    "BoundedRedis": {"app/wiring.py", "app/redis_sessions/store.py"},
+    # The cache has a pool for each Redis that it has been bound to.
+    "create_redis": {"app/wiring.py", "app/redis_sessions/store.py", "app/redis_sessions/cache.py"},
+    "BoundedRedis": {"app/wiring.py", "app/redis_sessions/store.py", "app/redis_sessions/cache.py"},
     "RedisSessionCache": {"app/wiring.py"},
     "RedisChatSessionStore": {"app/wiring.py"},
     "PostgresChatSessionStore": {"app/wiring.py", "app/cli"},
     "HybridChatSessionStore": {"app/wiring.py"},
+    "RedisOnlyChatSessionStore": {"app/wiring.py"},
+    "LiveChatSessionStore": {"app/wiring.py"},
+    "Lease": {"app/wiring.py"},
+    "Heartbeat": {"app/wiring.py"},
+    "PostgresStateKeeper": {"app/wiring.py"},
+    # Who claims a database decides its mode.
+    "claim_state": {"app/wiring.py"},
+    "Auditor": {"app/wiring.py"},
+    "Sampler": {"app/wiring.py"},
     "load_assistant": {"app/wiring.py"},
     "embedded_servers": {"app/cli"},
     "read_settings": {"app/settings.py", "app/cli"},
@@ -167,6 +196,11 @@ def test_every_part_of_the_app_has_a_line_in_the_table_and_every_line_has_its_pa
         ("app/redis_sessions/cache.py", "import app.postgres.rows", "imports app.postgres.rows"),
         ("app/hybrid.py", "from app.postgres.engine import Database", "imports app.postgres.engine.Database"),
         ("app/postgres/store.py", "from app.settings import Settings", "imports app.settings.Settings"),
+        ("app/coherence/lease.py", "import asyncpg", "imports asyncpg"),
+        ("app/redis_only.py", "from app.postgres import store", "imports app.postgres.store"),
+        ("app/redis_only.py", "from app.hybrid import log", "imports app.hybrid.log"),
+        ("app/maintenance/modes.py", "from app.wiring import Stores", "imports app.wiring.Stores"),
+        ("app/maintenance/modes.py", "from redis.asyncio import Redis", "imports redis.asyncio.Redis"),
         ("app/wiring.py", "from app.api.app import create_app", "imports app.api.app.create_app"),
         ("app/api/health.py", "from redis.asyncio import Redis", "imports redis.asyncio.Redis"),
         ("app/api/health.py", "from app.postgres import store", "imports app.postgres.store"),
@@ -176,6 +210,7 @@ def test_every_part_of_the_app_has_a_line_in_the_table_and_every_line_has_its_pa
         ("app/service.py", "from app.chat import Message", "imports app.chat.Message"),
         ("app/api/app.py", "store = HybridChatSessionStore(a, b)", "calls HybridChatSessionStore"),
         ("app/api/app.py", "settings.read_settings()", "calls read_settings"),
+        ("app/hybrid.py", "lease = Lease(seconds=2)", "calls Lease"),
         ("app/analytics/reports.py", "engine.create_engine('x')", "calls create_engine"),
         ("app/wiring.py", "import os\nos.environ['PORT']", "reads os.environ"),
         ("app/cli/serve.py", "from os import getenv", "reads os.getenv"),

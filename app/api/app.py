@@ -12,7 +12,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from app import __version__
-from app.api import health, problems, sessions
+from app.api import health, metrics, problems, sessions
 from app.settings import Settings
 from app.wiring import open_runtime
 
@@ -44,9 +44,10 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    problems.install(app, [*sessions.router.routes, *health.router.routes])
-    app.include_router(sessions.router)
-    app.include_router(health.router)
+    routers = (sessions.router, health.router, metrics.router)
+    problems.install(app, [route for router in routers for route in router.routes])
+    for router in routers:
+        app.include_router(router)
     # From this service itself: a browser asks no other host for anything.
     app.mount("/docs/assets", StaticFiles(directory=Path(__file__).parent / "swagger_ui"), name="swagger")
 

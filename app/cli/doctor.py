@@ -13,8 +13,9 @@ import typer
 from app.chat import utc_now
 from app.cli.output import Json, print_json, print_table, refusals_are_lines
 from app.cli.targets import command_settings
-from app.coherence.ports import CacheOutage
+from app.coherence.ports import PROTOCOL, CacheOutage, CacheState
 from app.errors import ChatError
+from app.postgres.cache_state import alive, read_state
 from app.postgres.engine import Database
 from app.postgres.partitions import existing_partitions, months_from, partition_name
 from app.postgres.schema import REVISION, current_revision
@@ -57,6 +58,7 @@ def doctor(json: Json = False) -> None:
 async def _examine(settings: Settings) -> list[Finding]:
     findings: list[Finding] = []
     redis_only = bool(settings.redis_only_mode)
+    era = None
     if settings.database_url is not None:
         mode = None
         try:
@@ -64,6 +66,9 @@ async def _examine(settings: Settings) -> list[Finding]:
                 async for finding in _postgres(settings, database):
                     findings.append(finding)  # noqa: PERF401 - what was found stays when the next one fails
                 mode = await _mode(database)
+                era = await _era(database)
+                if era is not None:
+                    findings += _coherence(settings, era)
         except (ChatError, asyncpg.PostgresError) as exc:
             findings.append(
                 Finding("fail", "postgres", str(exc), "start PostgreSQL, or correct DATABASE_URL")
@@ -81,7 +86,10 @@ async def _examine(settings: Settings) -> list[Finding]:
     if settings.redis_url is not None:
         try:
             async with open_redis(settings) as bounded:
-                findings += _redis(await server_facts(bounded), redis_only=redis_only)
+                facts = await server_facts(bounded)
+            findings += _redis(facts, redis_only=redis_only)
+            if era is not None:
+                findings += _identity(facts, era)
         except CacheOutage as exc:
             status: Literal["warn", "fail"] = "fail" if redis_only else "warn"
             findings.append(Finding(status, "redis", str(exc), "start Redis, or correct REDIS_URL"))
@@ -103,6 +111,79 @@ async def _mode(database: Database) -> str | None:
             return None
         mode: str | None = await conn.fetchval("SELECT mode FROM chat.cache_state WHERE id = 1")
     return mode
+
+
+@dataclass(frozen=True, slots=True)
+class _Era:
+    """Who owns the data, whether Redis is trusted, and the (version, protocol) of each service that runs."""
+
+    state: CacheState
+    alive: list[tuple[str, int]]
+
+    @property
+    def trusts_redis(self) -> bool:
+        return self.state.cache == "on" and self.state.mode != "redis-only"
+
+
+async def _era(database: Database) -> _Era | None:
+    if await current_revision(database) != REVISION:
+        return None
+    state = await read_state(database)
+    return _Era(state, await alive(database)) if state is not None else None
+
+
+def _coherence(settings: Settings, era: _Era) -> Iterator[Finding]:
+    state = era.state
+    if state.protocol != PROTOCOL:
+        yield Finding(
+            "fail",
+            "protocol",
+            f"the database is served by coherence protocol {state.protocol}, this version speaks {PROTOCOL}",
+            "run the same version everywhere",
+        )
+    if era.trusts_redis:
+        yield Finding("pass", "cache", f"on, epoch {state.epoch}")
+    elif state.mode != "redis-only" and settings.enable_redis_sessions:
+        yield Finding(
+            "warn",
+            "cache",
+            "off: Redis can't be trusted, and PostgreSQL answers everything",
+            "start Redis; a running service turns the cache on again by itself"
+            if era.alive
+            else "start the service: it turns the cache on where it finds Redis",
+        )
+    yield _instances(era.alive)
+
+
+def _instances(services: list[tuple[str, int]]) -> Finding:
+    if not services:
+        return Finding("pass", "instances", "no service runs")
+    versions = sorted({version for version, _ in services})
+    protocols = sorted({protocol for _, protocol in services})
+    said = f"{len(services)} alive, version {', '.join(versions)}, protocol {', '.join(str(one) for one in protocols)}"
+    if protocols != [PROTOCOL]:
+        return Finding("fail", "instances", said, f"run one version everywhere: this one speaks {PROTOCOL}")
+    if len(versions) > 1:
+        return Finding("warn", "instances", said, "end the roll-out: restart the older ones")
+    return Finding("pass", "instances", said)
+
+
+def _identity(facts: ServerFacts, era: _Era) -> Iterator[Finding]:
+    if not era.trusts_redis or facts.identity is None:
+        return
+    if facts.identity == era.state.redis_identity:
+        yield Finding("pass", "redis identity", "it is the one that is trusted")
+    elif era.alive:
+        yield Finding(
+            "fail",
+            "redis identity",
+            "it is another one than the services trust",
+            "correct REDIS_URL, here or there; if Redis was just restarted, look again",
+        )
+    else:
+        yield Finding(
+            "pass", "redis identity", "restarted since it was last trusted; the next start begins anew"
+        )
 
 
 async def _postgres(settings: Settings, database: Database) -> AsyncIterator[Finding]:

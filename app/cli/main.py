@@ -15,7 +15,18 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-for command in ("serve", "migrate", "partitions", "doctor", "show", "report"):
+for command in (
+    "serve",
+    "migrate",
+    "partitions",
+    "doctor",
+    "show",
+    "report",
+    "verify",
+    "repair",
+    "mode",
+    "adopt",
+):
     module: Any = importlib.import_module(f"app.cli.{command}")
     app.command(command)(getattr(module, command))
 

@@ -3,14 +3,16 @@
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from app.coherence.ports import CacheOutage
 from app.errors import ChatError
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
@@ -27,12 +29,29 @@ def fail(message: str, *, code: int = 1) -> NoReturn:
 
 
 @contextmanager
-def refusals_are_lines() -> Iterator[None]:
+def refusals_are_lines(*, code: int = 1) -> Iterator[None]:
     """A condition that the operator can act on ends the command with its text, never with a traceback."""
     try:
         yield
-    except ChatError as exc:
-        fail(str(exc))
+    except (ChatError, CacheOutage) as exc:
+        fail(str(exc), code=code)
+
+
+@contextmanager
+def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's standard error; in a pipe nothing. Call it with how much was done since."""
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda count: shown.advance(task, count)
 
 
 def print_json(value: Any) -> None:

@@ -88,7 +88,7 @@ async def _in_redis(settings: Settings, session_id: UUID) -> tuple[str, Entry | 
             return f"{window}, expires in {found.ttl_seconds} s", entry
         case GuideEntry():
             return "an entry in the guide's format, not adopted", None
-    return ("nothing" if found.ttl_seconds == -2 else "something that is no session of ours"), None  # noqa: PLR2004 - TTL's reply for no key
+    return ("something that is no session of ours" if found.there else "nothing"), None
 
 
 def _facts(session: ChatSession) -> dict[str, Any]:

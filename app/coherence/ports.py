@@ -3,27 +3,33 @@
 `app/hybrid.py` decides with these; `app/postgres` and `app/redis_sessions` keep them and never meet.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 from uuid import UUID
 
-from app.chat import ChatSession, Message, SessionStatus
+from app.chat import ChatSession, Message, NewMessage, SessionStatus
+from app.errors import DurableStoreUnavailable
 from app.store import Append, BeginTurn, Cursor, FinishTurn, History, SessionPage, StoreHealth, Turn
 
 Owner = Literal["postgres", "redis"]
 Mode = Literal["hybrid", "draining", "redis-only"]
 
-#: The epoch of entries that are only ever believed after a look at the session's row. No lease trusts it.
+#: The epoch of entries that belong to no era of trust: no lease is ever on it.
 EPOCH_ZERO = "0" * 16
 TOKEN_ZERO = "0" * 16
 
-#: Level 0, every cached read is compared with its row. Processes of two protocols never serve together.
-PROTOCOL = 0
+#: 0 compared every cached read with its row; 1 marks entries before it commits, and leases trust.
+#: Processes of two protocols never write side by side.
+PROTOCOL = 1
 
 
-class CacheOutage(Exception):
+class Interrupted(Exception):
+    """Why a step of the protocol was broken off: its transaction rolls back, its connection stays fit."""
+
+
+class CacheOutage(Interrupted):
     """Redis gave no usable answer in time. The command may still be carried out later."""
 
 
@@ -31,14 +37,71 @@ class CacheOutOfMemory(CacheOutage):
     """Redis refused a write that needs memory; everything else still works."""
 
 
+class CacheMoved(CacheOutage):
+    """The socket is not one to the Redis of this epoch. `identity` is whose it is; None: a replica's."""
+
+    def __init__(self, identity: str | None) -> None:
+        self.identity = identity
+        super().__init__(f"redis is another one now: {identity or 'a replica'}")
+
+
+class RowBusy(Interrupted):
+    """The row's lock was not to be had in time: somebody writes to the session, or hangs while doing so."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheState:
-    """The one row `chat.cache_state`: who owns the data, and which era of the cache this is."""
+    """The one row `chat.cache_state`: who owns the data, and which era of the cache this is.
+
+    `settled`: every lease on an epoch before this one has ended, so no writer need wait for that.
+    """
 
     protocol: int
     epoch: str
     mode: Mode
     cache: Literal["on", "off"]
+    redis_identity: str | None = None
+    settled: bool = True
+
+    @property
+    def trusting(self) -> bool:
+        """Whether a lease on this epoch lets a reader believe Redis."""
+        return (
+            self.cache == "on"
+            and self.mode != "redis-only"
+            and self.redis_identity is not None
+            # Another protocol's entries may mean something else by the same fields.
+            and self.protocol == PROTOCOL
+        )
+
+
+def refuse_other_protocols(state: CacheState) -> None:
+    """For every writer: what another protocol's readers are owed, this version does not know."""
+    if state.protocol != PROTOCOL:
+        raise DurableStoreUnavailable(
+            f"the database is served by coherence protocol {state.protocol}, this process speaks {PROTOCOL}",
+            hint="restart this process with the newer version",
+        )
+
+
+class ModeChanged(Interrupted):
+    """The database is in a mode that this store does not serve."""
+
+    def __init__(self, state: CacheState) -> None:
+        self.state = state
+        super().__init__(f"the mode is {state.mode} now")
+
+
+class NotHandedOver(Interrupted):
+    """In Redis-only mode over a database: Redis does not hold this session for itself (yet)."""
+
+
+class CacheTrusted(Interrupted):
+    """Somebody may believe Redis, and this writer has none to mark in."""
+
+    def __init__(self, state: CacheState) -> None:
+        self.state = state
+        super().__init__(f"epoch {state.epoch} lets readers believe Redis")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,11 +127,11 @@ class Entry:
     body: bytes
 
     @classmethod
-    def of(cls, row: Row, lines: Sequence[str]) -> "Entry":
+    def of(cls, row: Row, lines: Sequence[str], *, epoch: str = EPOCH_ZERO) -> "Entry":
         """The clean entry that a fill writes for a session whose newest messages are `lines`."""
         return cls(
             owner=row.owner,
-            epoch=EPOCH_ZERO,
+            epoch=epoch,
             chain=row.chain,
             pending=0,
             token=TOKEN_ZERO,
@@ -76,6 +139,16 @@ class Entry:
             session=row.session,
             body=",\n".join(lines).encode(),
         )
+
+    @property
+    def dirty(self) -> bool:
+        """Marked by a write whose outcome the entry does not know: not to be believed until validated."""
+        return self.pending > self.session.message_count
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The window, each message read back. Raises `ValueError` or `KeyError` for a line that is none."""
+        return tuple(Message.from_line(line.decode()) for line in self.body.split(b",\n") if line)
 
     def equals(self, row: Row) -> bool:
         """Same length and same chain: the same messages in the same order."""
@@ -103,16 +176,27 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GuideEntry:
-    """A valid value in the guide's own format, without our coherence field: nobody may overwrite it
-    while its session has no row.
+    """A valid value in the guide's own format, without our coherence field: it is adopted before anything
+    overwrites it. `messages` have ids made from what they say, the same ones at every look.
     """
 
-    session_id: UUID
+    session: ChatSession
+    messages: tuple[NewMessage, ...]
 
 
-#: None: nothing there, or nothing that could be read back as a session.
-CachedValue = Entry | GuideEntry | None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unreadable:
+    """A value that may hold words which nobody else has, in a form that can't be read back: nothing overwrites it."""
 
+    why: str
+
+
+#: None: nothing there, or nothing that anybody could miss.
+CachedValue = Entry | GuideEntry | Unreadable | None
+
+#: 'touched': there was no entry to mark, and a fill that was under way is aborted. 'foreign': something
+#: that is not ours, and may be the guide's.
+MarkOutcome = Literal["marked", "touched", "redis-owned", "foreign"]
 PublishOutcome = Literal["published", "absent", "behind", "redis-owned"]
 
 
@@ -124,8 +208,9 @@ class Published:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """A write as PostgreSQL committed it: the row before and after, and the lines between."""
+    """A write as PostgreSQL committed it: the row before and after, the lines between, and under which state."""
 
+    state: CacheState | None = None
     before: Row
     after: Row
     first_seq: int
@@ -154,10 +239,15 @@ def turn_of(append: Append, committed: Committed) -> Turn:
 
 
 class Watch(Protocol):
-    """An entry under WATCH on a socket of its own."""
+    """An entry under WATCH, on a socket of its own to the Redis of one epoch."""
 
     @property
     def value(self) -> CachedValue: ...
+
+    @property
+    def identity(self) -> str | None:
+        """The Redis that the socket has proved to be."""
+        ...
 
     async def fill(self, row: Row, epoch: str, lines: Sequence[str]) -> bool:
         """Sets a clean entry, only if nothing touched the key since the watch began. False: it lost.
@@ -166,28 +256,83 @@ class Watch(Protocol):
         """
         ...
 
+    async def touch(self) -> bool:
+        """Changes nothing of the entry, under the same condition: True proves that nobody else has. Ends the watch."""
+        ...
+
+    async def stamp(self, epoch: str) -> bool:
+        """Makes the entry a clean one of `epoch`, under the same condition."""
+        ...
+
+    async def drop(self) -> bool:
+        """Unlinks the entry, under the same condition: needs no memory."""
+        ...
+
 
 class SessionCache(Protocol):
     """The cached side. Every method is one step in Redis and takes at most its time-out.
 
-    Raises `CacheOutage` from each method.
+    A command runs on a socket that has proved to be the Redis of `state`. Raises `CacheOutage` from each
+    method, `CacheMoved` where it is another Redis.
     """
 
-    async def get(self, session_id: UUID) -> CachedValue:
+    async def get(self, session_id: UUID, state: CacheState) -> CachedValue:
         """The value; slides its time to live."""
         ...
 
-    async def publish(self, committed: Committed, epoch: str, *, want_entry: bool) -> Published:
+    async def mark(self, before: Row, after: Row, state: CacheState, *, token: str) -> MarkOutcome:
+        """Makes the entry dirty for a write that will be committed; touches an absent key."""
+        ...
+
+    async def publish(self, committed: Committed, state: CacheState, *, want_entry: bool) -> Published:
         """Carries a committed append to the entry, only if that stands exactly before it."""
         ...
 
-    async def remove(self, session_id: UUID) -> bool:
+    async def skeleton(self, row: Row, state: CacheState, *, token: str) -> None:
+        """Sets a dirty entry for a session that is being created, only if there is none."""
+        ...
+
+    async def settle(self, session_id: UUID, state: CacheState, *, token: str) -> None:
+        """Makes a skeleton clean, only if nobody has marked it since."""
+        ...
+
+    async def remove(self, session_id: UUID, state: CacheState) -> bool:
         """Unlinks the entry and touches the key. False: Redis owns it, and it was left alone."""
         ...
 
-    def watch(self, session_id: UUID) -> AbstractAsyncContextManager[Watch]: ...
+    def watch(self, session_id: UUID, state: CacheState) -> AbstractAsyncContextManager[Watch]: ...
+
+    async def probe(self) -> str:
+        """Which Redis answers now, on a connection made for this question."""
+        ...
 
     async def health(self) -> StoreHealth: ...
+
+
+class Fence(Protocol):
+    """What a writer owes the readers of a cache. A durable store calls it inside its transaction."""
+
+    def admit(self, state: CacheState) -> None:
+        """After the row lock, with the state as it is then. Raises `Interrupted` to roll back."""
+        ...
+
+    async def mark(self, before: Row, after: Row, state: CacheState) -> None:
+        """Beside the insert, before the commit. Raises to roll back: no mark, no commit."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adopted:
+    """A session that PostgreSQL has taken over: of its messages in Redis `added` were new and `known` were there.
+    `gone` are those that Redis counted but its window had dropped before anybody stored them. `expired`: Redis
+    owned the session and has it no more; PostgreSQL has what it had when it gave it away.
+    """
+
+    row: Row
+    added: int
+    known: int
+    gone: int = 0
+    expired: bool = False
 
 
 class LockedSession(Protocol):
@@ -203,6 +348,16 @@ class LockedSession(Protocol):
         """The newest lines, read in a statement of its own after the lock."""
         ...
 
+    async def adopt(self, session: ChatSession, messages: Sequence[NewMessage]) -> Adopted:
+        """Stores the messages that PostgreSQL has not, by id, in their order, at the end. A row that this makes is
+        Redis's, as the session is until its entry is replaced: `give_to`.
+
+        Raises `Unadoptable` for what PostgreSQL can't store.
+        """
+        ...
+
+    async def give_to(self, owner: Owner) -> None: ...
+
 
 class DurableStore(Protocol):
     """The durable side: PostgreSQL, or anything that keeps the same promises.
@@ -210,20 +365,30 @@ class DurableStore(Protocol):
     Raises `DurableStoreUnavailable` from each method.
     """
 
-    async def create(self, user_id: str) -> Row: ...
+    async def create(
+        self, user_id: str, *, owner: Owner, before_commit: Callable[[Row, CacheState], Awaitable[None]]
+    ) -> Row: ...
 
     async def lookup(self, session_id: UUID) -> tuple[Row | None, CacheState]:
         """The row and the state as one statement sees them."""
         ...
 
-    async def commit(self, append: Append) -> Committed:
-        """One transaction: lock, checks in the contract's order, append."""
+    async def commit(self, append: Append, fence: Fence) -> Committed:
+        """One transaction: lock, state, `fence.admit`, checks in the contract's order, append beside
+        `fence.mark`, commit. A request that is stored already is not marked again.
+        """
         ...
 
-    def locked(self, session_id: UUID) -> AbstractAsyncContextManager[LockedSession]: ...
+    def locked(self, session_id: UUID) -> AbstractAsyncContextManager[LockedSession]:
+        """Raises `RowBusy` where the lock is not to be had for half a second."""
+        ...
 
     async def delete(
-        self, session_id: UUID, *, user_id: str | None, before_commit: Callable[[Row], Awaitable[None]]
+        self,
+        session_id: UUID,
+        *,
+        user_id: str | None,
+        before_commit: Callable[[Row, CacheState], Awaitable[None]],
     ) -> Row:
         """Locks the row, calls `before_commit`, deletes the session with all that belongs to it, commits."""
         ...
@@ -247,11 +412,42 @@ class DurableStore(Protocol):
     ) -> History: ...
 
     async def list_sessions(
-        self, user_id: str, *, status: SessionStatus = "active", limit: int, after: Cursor | None = None
-    ) -> SessionPage: ...
+        self,
+        user_id: str,
+        *,
+        status: SessionStatus = "active",
+        limit: int,
+        after: Cursor | None = None,
+        alive: Collection[UUID] | None = None,
+    ) -> SessionPage:
+        """`alive`, in Redis-only mode: of the sessions that Redis owns, those that are there still."""
+        ...
+
+    async def owned_by_redis(self, user_id: str) -> list[UUID]:
+        """A user's sessions that Redis owns, alive there or not."""
+        ...
 
     async def health(self) -> tuple[StoreHealth, ...]: ...
 
     def seconds_since_heard(self) -> float:
         """How long ago this process last had an answer from the primary."""
+        ...
+
+
+class StateKeeper(Protocol):
+    """`chat.cache_state`, on connections of its own: they are there when the others are all taken.
+
+    Raises `DurableStoreUnavailable` from each method, also where it is a standby that answers.
+    """
+
+    async def read(self) -> CacheState: ...
+
+    async def change(self, old: CacheState, new: CacheState) -> CacheState:
+        """Makes `new` the state under a new epoch, if the epoch is still that of `old`. Returns what stands
+        there then: of two that change the same epoch, one only reads.
+        """
+        ...
+
+    async def settle(self, state: CacheState) -> None:
+        """Notes that every lease on an epoch before this one has ended."""
         ...

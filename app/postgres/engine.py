@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from app.coherence.ports import Interrupted
 from app.errors import ChatError, CommitUnknown, DurableStoreUnavailable, StartRefused
 
 #: Longer than any of our statements takes, shorter than a caller's patience.
@@ -136,7 +137,7 @@ class Database:
                         await conn.invalidate()
                     raise
                 self._heard_at = time.monotonic()
-        except ChatError:
+        except (ChatError, Interrupted):
             raise
         except Exception as exc:
             raise outage_or_same(exc) from exc
@@ -152,13 +153,16 @@ class Database:
         self._heard_at = time.monotonic()
 
     @asynccontextmanager
-    async def transaction(self) -> AsyncIterator[asyncpg.Connection]:
+    async def transaction(self, *, lock_timeout_ms: int | None = None) -> AsyncIterator[asyncpg.Connection]:
         """A transaction that is committed at the end of the block, durably, or left without a trace.
 
+        `lock_timeout_ms`: how long a statement waits for a lock; None: as long as for anything else.
         Raises `CommitUnknown` where the connection broke during the commit.
         """
         async with self.connection() as conn:
-            await conn.execute(_BEGIN)
+            await conn.execute(
+                _BEGIN if lock_timeout_ms is None else f"{_BEGIN}; SET LOCAL lock_timeout = {lock_timeout_ms}"
+            )
             yield conn
             try:
                 await conn.execute("COMMIT")
@@ -203,7 +207,7 @@ def outage_or_same(exc: Exception) -> Exception:
 
 async def _rolled_back(driver: asyncpg.Connection, exc: BaseException) -> bool:
     """True where the connection is known to be fit for the next caller."""
-    if not isinstance(exc, ChatError | asyncpg.PostgresError) or isinstance(exc, CommitUnknown):
+    if not isinstance(exc, ChatError | Interrupted | asyncpg.PostgresError) or isinstance(exc, CommitUnknown):
         return False
     try:
         if driver.is_in_transaction():

@@ -33,7 +33,12 @@ def row_of(record: Record, *, created_at: str = "created_at") -> Row:
 
 def state_of(record: Record) -> CacheState:
     return CacheState(
-        protocol=record["protocol"], epoch=record["epoch"], mode=record["mode"], cache=record["cache"]
+        protocol=record["protocol"],
+        epoch=record["epoch"],
+        mode=record["mode"],
+        cache=record["cache"],
+        redis_identity=record["redis_identity"],
+        settled=record["settled"],
     )
 
 

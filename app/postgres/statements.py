@@ -4,6 +4,8 @@ A write runs them as separate statements of one transaction, in this order: one 
 reads would see the rows as they were before it waited for the lock (a mixed snapshot).
 """
 
+_STATE = "c.protocol, c.epoch, c.mode, c.cache, c.redis_identity, c.settled"
+
 _SESSION = "session_id, user_id, created_at, last_activity, message_count, chain, owner"
 
 # In the order of the ids: an UPDATE ... FROM unnest locks in the order of its plan, and two of them deadlock.
@@ -18,11 +20,11 @@ SELECT {_SESSION} FROM chat.chat_sessions WHERE session_id = $1 FOR UPDATE
 
 # After the lock, where no message of the writes can be stored already: their ids are new. The join below is
 # planned anew at every execution, which costs more than it saves in looking.
-STATE = "SELECT protocol, epoch, mode, cache FROM chat.cache_state WHERE id = 1"
+STATE = f"SELECT {_STATE} FROM chat.cache_state c WHERE id = 1"
 
 # After the lock: the state of the cache, and which of the writes' messages are stored already.
-STATE_AND_STORED = """
-SELECT c.protocol, c.epoch, c.mode, c.cache,
+STATE_AND_STORED = f"""
+SELECT {_STATE},
        m.session_id, m.message_id, m.seq, m.request_digest, m.request_size
 FROM chat.cache_state c
 LEFT JOIN (
@@ -46,15 +48,35 @@ SELECT * FROM unnest($5::uuid[], $6::date[], $7::int[], $8::uuid[], $9::text[], 
     $11::timestamptz[], $12::int[], $13::smallint[], $14::json[], $15::bytea[], $16::smallint[])
 """
 
-CREATE = """
-INSERT INTO chat.chat_sessions (session_id, user_id, created_at, last_activity)
-SELECT w.session_id, w.user_id, w.created_at, w.created_at
-FROM unnest($1::uuid[], $2::text[], $3::timestamptz[]) AS w(session_id, user_id, created_at)
+# Returns the state beside it: no lock is needed, nobody else can see the session yet.
+CREATE = f"""
+WITH created AS (
+    INSERT INTO chat.chat_sessions (session_id, user_id, created_at, last_activity, owner)
+    SELECT w.session_id, w.user_id, w.created_at, w.created_at, w.owner
+    FROM unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::text[])
+        AS w(session_id, user_id, created_at, owner)
+)
+SELECT {_STATE} FROM chat.cache_state c WHERE id = 1
 """
 
-# Level 0's look-up: the row and the state as one snapshot sees them. Always one row.
-LOOKUP = """
-SELECT c.protocol, c.epoch, c.mode, c.cache,
+# A session that Redis held alone, and owns until its entry there is replaced.
+INSERT_UNLESS_THERE = """
+INSERT INTO chat.chat_sessions (session_id, user_id, created_at, last_activity, owner)
+VALUES ($1, $2, $3, $4, 'redis') ON CONFLICT ON CONSTRAINT chat_sessions_pkey DO NOTHING
+"""
+
+OWNED_BY_REDIS = "SELECT session_id FROM chat.chat_sessions WHERE user_id = $1 AND owner = 'redis'"
+
+# A page of all that Redis owns, by id.
+PAGE_OWNED_BY_REDIS = """
+SELECT session_id FROM chat.chat_sessions WHERE owner = 'redis' AND session_id > $1 ORDER BY session_id LIMIT $2
+"""
+
+GIVE_TO = "UPDATE chat.chat_sessions SET owner = $2 WHERE session_id = $1"
+
+# The look-up beside a cached read: the row and the state as one snapshot sees them. Always one row.
+LOOKUP = f"""
+SELECT {_STATE},
        s.session_id, s.user_id, s.created_at, s.last_activity, s.message_count, s.chain, s.owner
 FROM chat.cache_state c LEFT JOIN chat.chat_sessions s ON s.session_id = $1
 WHERE c.id = 1
@@ -110,3 +132,47 @@ DELETE FROM chat.chat_turns WHERE session_id = $1 AND message_id = $2 AND token 
 DELETE_MESSAGES = "DELETE FROM chat.chat_messages WHERE session_id = $1 AND session_month = $2"
 DELETE_TURNS = "DELETE FROM chat.chat_turns WHERE session_id = $1"
 DELETE_SESSION = "DELETE FROM chat.chat_sessions WHERE session_id = $1"
+
+# The pulse. On the primary the timeline is that of the log it writes; on a standby nobody may ask for that.
+HEARTBEAT = f"""
+SELECT {_STATE}, pg_is_in_recovery() AS standby,
+       CASE WHEN NOT pg_is_in_recovery() THEN left(pg_walfile_name(pg_current_wal_lsn()), 8) END AS timeline
+FROM chat.cache_state c WHERE id = 1
+"""
+
+SEED_STATE = """
+INSERT INTO chat.cache_state (protocol, epoch, mode, cache, redis_identity) VALUES ($1, $2, $3, $4, $5)
+ON CONFLICT ON CONSTRAINT cache_state_pkey DO NOTHING
+"""
+
+TAKE_OVER_STATE = """
+UPDATE chat.cache_state SET protocol = $1, epoch = $2, cache = $3, redis_identity = $4, settled = true
+WHERE id = 1 AND protocol < $1
+"""
+
+# Of two that change the same epoch, one finds it changed.
+CHANGE_STATE = """
+UPDATE chat.cache_state SET epoch = $2, mode = $3, cache = $4, redis_identity = $5, settled = $6
+WHERE id = 1 AND epoch = $1
+"""
+
+SETTLE_STATE = "UPDATE chat.cache_state SET settled = true WHERE id = 1 AND epoch = $1 AND NOT settled"
+
+PRESENT = """
+INSERT INTO chat.instances (instance_id, version, protocol, started_at, last_seen)
+VALUES ($1, $2, $3, clock_timestamp(), clock_timestamp())
+ON CONFLICT ON CONSTRAINT instances_pkey DO UPDATE SET last_seen = excluded.last_seen
+"""
+
+OTHERS = """
+SELECT count(*) FROM chat.instances
+WHERE instance_id IS DISTINCT FROM $1 AND last_seen > clock_timestamp() - make_interval(secs => $2)
+"""
+
+ALIVE = """
+SELECT version, protocol FROM chat.instances WHERE last_seen > clock_timestamp() - make_interval(secs => $1)
+"""
+
+LEAVE = """
+DELETE FROM chat.instances WHERE instance_id = $1 OR last_seen < clock_timestamp() - interval '1 day'
+"""

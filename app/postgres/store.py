@@ -4,14 +4,15 @@
 One public method is one transaction, opened and committed inside it.
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from uuid import UUID
 
 import asyncpg
-from sqlalchemy import func, select, tuple_
+from sqlalchemy import func, or_, select, tuple_
 
 from app.chat import (
     CHAIN_START,
@@ -24,7 +25,19 @@ from app.chat import (
     session_month,
     utc_now,
 )
-from app.coherence.ports import PROTOCOL, CacheState, Committed, Row, turn_of
+from app.coherence.ports import (
+    Adopted,
+    CacheState,
+    CacheTrusted,
+    Committed,
+    Fence,
+    ModeChanged,
+    Owner,
+    Row,
+    RowBusy,
+    refuse_other_protocols,
+    turn_of,
+)
 from app.errors import (
     AdoptionPending,
     ChatError,
@@ -35,6 +48,7 @@ from app.errors import (
     SessionNotFound,
     TurnInProgress,
     TurnTakenOver,
+    Unadoptable,
 )
 from app.postgres import statements
 from app.postgres.engine import Database
@@ -59,8 +73,11 @@ _SEQ_MAX = 2**31 - 1
 #: A cached read waits no longer for its row: then PostgreSQL counts as out.
 LOOKUP_TIMEOUT_SECONDS = 1.0
 
+#: A read waits no longer for the lock of a writer that hangs: it can do without.
+_LOCK_TIMEOUT_MS = 500
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class _Locked:
     """Keeps `app.coherence.ports.LockedSession`."""
 
@@ -81,21 +98,81 @@ class _Locked:
         )
         return tuple(_line(message_of(record)) for record in records)
 
+    async def adopt(self, session: ChatSession, messages: Sequence[NewMessage]) -> Adopted:
+        try:
+            return await self._adopt(session, messages)
+        except (
+            asyncpg.DataError,
+            asyncpg.NotNullViolationError,
+            asyncpg.ProgramLimitExceededError,  # a user id that is too long for its index
+            ValueError,
+            TypeError,
+            AttributeError,
+        ) as exc:
+            # The driver's own text quotes what it was given; its cause does not.
+            raise Unadoptable(
+                f"Redis holds this session for itself, and PostgreSQL can't store it: {exc.__cause__ or exc}",
+                hint=f"look at session:{session.session_id} in Redis, and correct it there",
+            ) from exc
+
+    async def _adopt(self, session: ChatSession, messages: Sequence[NewMessage]) -> Adopted:
+        row = self.row
+        session_id = session.session_id
+        if row is None:
+            created = replace(session, message_count=0, first_available_seq=1)
+            done = await self._conn.execute(
+                statements.INSERT_UNLESS_THERE,
+                *(session_id, session.user_id, session.created_at, session.last_activity),
+            )
+            if not done.endswith(" 1"):
+                # Made since we looked for its lock: the next attempt finds it.
+                raise RowBusy
+            row = Row(session=created, chain=CHAIN_START, owner="redis")
+        known = {
+            record["message_id"]
+            for record in await self._conn.fetch(
+                statements.MESSAGES_BY_ID,
+                session_id,
+                session_month(session_id),
+                [message.message_id for message in messages],
+            )
+        }
+        new = [message for message in messages if message.message_id not in known]
+        if new:
+            # Keeps the time of the last word, which may be long ago.
+            after = _after(row, new, last_activity=session.last_activity)
+            await _store(self._conn, session_id, new, row, after)
+            row = after
+        self.row = row
+        gone = max(0, session.message_count - row.session.message_count)
+        return Adopted(row=row, added=len(new), known=len(known), gone=gone)
+
+    async def give_to(self, owner: Owner) -> None:
+        assert self.row is not None  # noqa: S101 - what has no row has no owner
+        await self._conn.execute(statements.GIVE_TO, self.row.session.session_id, owner)
+
 
 class PostgresChatSessionStore:
     """Keeps `ChatSessionStore` and `app.coherence.ports.DurableStore`.
 
-    A session is active for `ttl_seconds` after it was created or last appended to.
+    A session is active for `ttl_seconds` after it was created or last appended to. `fence` is what its own
+    writes owe the readers of a cache, where it serves by itself; the hybrid store brings one for its writes.
     """
 
-    def __init__(self, database: Database, *, ttl_seconds: int) -> None:
+    def __init__(self, database: Database, *, ttl_seconds: int, fence: Fence | None = None) -> None:
         self._database = database
         self._ttl = timedelta(seconds=ttl_seconds)
+        self._fence = fence or _NoCache()
 
     # -- the public contract
 
     async def create_session(self, user_id: str) -> SessionRead:
-        return SessionRead(session=(await self.create(user_id)).session, source="postgres")
+        async def nothing(_row: Row, state: CacheState) -> None:
+            # Nobody can have a copy of what is only being made: there is nothing to fence.
+            pass
+
+        row = await self.create(user_id, owner="postgres", before_commit=nothing)
+        return SessionRead(session=row.session, source="postgres")
 
     async def get_session(
         self, session_id: UUID, *, user_id: str | None = None, min_seq: int | None = None
@@ -125,7 +202,7 @@ class PostgresChatSessionStore:
         return History(session=session, first_seq=last - len(lines) + 1, lines=lines, source="postgres")
 
     async def append(self, append: Append) -> Appended:
-        committed = await self.commit(append)
+        committed = await self.commit(append, self._fence)
         return Appended(
             session=committed.after.session,
             first_seq=committed.first_seq,
@@ -135,7 +212,7 @@ class PostgresChatSessionStore:
         )
 
     async def begin_turn(self, append: Append, *, window: int) -> Turn:
-        committed = await self.commit(append)
+        committed = await self.commit(append, self._fence)
         turn = turn_of(append, committed)
         if turn.answer is not None:
             return turn
@@ -149,15 +226,23 @@ class PostgresChatSessionStore:
             await self.abandon(turn.session.session_id, turn.lease)
 
     async def list_sessions(
-        self, user_id: str, *, status: SessionStatus = "active", limit: int, after: Cursor | None = None
+        self,
+        user_id: str,
+        *,
+        status: SessionStatus = "active",
+        limit: int,
+        after: Cursor | None = None,
+        alive: Collection[UUID] | None = None,
     ) -> SessionPage:
         t = chat_sessions.c
-        matching = [t.user_id == user_id]
         since = utc_now() - self._ttl
-        if status == "active":
-            matching.append(t.last_activity >= since)
-        elif status == "archived":
-            matching.append(t.last_activity < since)
+        is_active, is_archived = t.last_activity >= since, t.last_activity < since
+        if alive is not None:
+            # A session that Redis owns is there while its key is, whenever it was last active.
+            here = t.owner == "postgres"
+            is_active, is_archived = or_(t.session_id.in_(alive), here & is_active), here & is_archived
+        which = {"active": is_active, "archived": is_archived, "all": or_(is_active, is_archived)}
+        matching = [t.user_id == user_id, which[status]]
         total = select(func.count()).select_from(chat_sessions).where(*matching).scalar_subquery()
         page = select(chat_sessions, total.label("total")).where(*matching)
         if after is not None:
@@ -177,11 +262,17 @@ class PostgresChatSessionStore:
             source="postgres",
         )
 
-    async def delete_session(self, session_id: UUID, *, user_id: str | None = None) -> ChatSession:
-        async def nothing(_row: Row) -> None:
-            pass
+    async def owned_by_redis(self, user_id: str) -> list[UUID]:
+        async with self._database.connection() as conn:
+            records = await conn.fetch(statements.OWNED_BY_REDIS, user_id)
+        return [record["session_id"] for record in records]
 
-        return (await self.delete(session_id, user_id=user_id, before_commit=nothing)).session
+    async def delete_session(self, session_id: UUID, *, user_id: str | None = None) -> ChatSession:
+        async def fenced(row: Row, state: CacheState) -> None:
+            self._fence.admit(state)
+            await self._fence.mark(row, row, state)
+
+        return (await self.delete(session_id, user_id=user_id, before_commit=fenced)).session
 
     async def health(self) -> tuple[StoreHealth, ...]:
         try:
@@ -196,14 +287,18 @@ class PostgresChatSessionStore:
     def seconds_since_heard(self) -> float:
         return self._database.seconds_since_heard()
 
-    async def create(self, user_id: str) -> Row:
+    async def create(
+        self, user_id: str, *, owner: Owner, before_commit: Callable[[Row, CacheState], Awaitable[None]]
+    ) -> Row:
         now = utc_now()
         session = ChatSession(
             session_id=new_uuid(), user_id=user_id, created_at=now, last_activity=now, message_count=0
         )
+        row = Row(session=session, chain=CHAIN_START, owner=owner)
         async with self._database.transaction() as conn:
-            await conn.execute(statements.CREATE, [session.session_id], [user_id], [now])
-        return Row(session=session, chain=CHAIN_START)
+            state = await conn.fetchrow(statements.CREATE, [session.session_id], [user_id], [now], [owner])
+            await before_commit(row, _state(state))
+        return row
 
     async def lookup(self, session_id: UUID) -> tuple[Row | None, CacheState]:
         async with self._database.connection() as conn:
@@ -214,60 +309,71 @@ class PostgresChatSessionStore:
 
     @asynccontextmanager
     async def locked(self, session_id: UUID) -> AsyncIterator[_Locked]:
-        async with self._database.transaction() as conn:
-            record = await conn.fetchrow(statements.LOCK_SESSIONS, [session_id])
-            # A statement of its own, after the lock: it sees what was committed while we waited.
-            state = await conn.fetchrow(statements.STATE)
-            if state is None:
-                raise DurableStoreUnavailable("chat.cache_state is empty", hint="start the service once")
-            yield _Locked(row_of(record) if record else None, state_of(state), conn)
-
-    async def commit(self, append: Append) -> Committed:
         try:
-            return await self._commit(append)
+            async with self._database.transaction(lock_timeout_ms=_LOCK_TIMEOUT_MS) as conn:
+                try:
+                    record = await conn.fetchrow(statements.LOCK_SESSIONS, [session_id])
+                except asyncpg.LockNotAvailableError as exc:
+                    raise RowBusy from exc
+                # A statement of its own, after the lock: it sees what was committed while we waited.
+                state = _state(await conn.fetchrow(statements.STATE))
+                yield _Locked(row_of(record) if record else None, state, conn)
+        except asyncpg.CheckViolationError as exc:
+            if not is_missing_partition(exc):
+                raise
+            # Adopted from a month that nobody made a partition for. Nothing was written; the next attempt will.
+            await make_partitions(self._database, [session_month(session_id)])
+            raise RowBusy from exc
+
+    async def commit(self, append: Append, fence: Fence) -> Committed:
+        try:
+            return await self._commit(append, fence)
         except asyncpg.CheckViolationError as exc:
             if not is_missing_partition(exc):
                 raise
         # Nothing was written. An id of a month that nobody made a partition for ahead of time.
         await make_partitions(self._database, [session_month(append.session_id)])
-        return await self._commit(append)
+        return await self._commit(append, fence)
 
-    async def _commit(self, append: Append) -> Committed:
+    async def _commit(self, append: Append, fence: Fence) -> Committed:
         async with self._database.transaction() as conn:
             record = await conn.fetchrow(statements.LOCK_SESSIONS, [append.session_id])
+            # Rule 4: read after the row lock.
+            state, stored = await self._state_and_stored(conn, append)
             row = visible(row_of(record) if record else None, append.user_id, None)
-            stored = await self._state_and_stored(conn, append)
+            fence.admit(state)
             if stored and not isinstance(append.turn, FinishTurn):
                 return await _replay(conn, append, row, stored)
             if append.if_match is not None and append.if_match != row.session.message_count:
                 raise SeqMismatch(row.session.message_count)
             await _step_turn(conn, append)
-            return await _insert(conn, append, row)
+            after = _after(row, append.messages)
+            # Rule 1. Beside the insert: one of the two round trips is for nothing.
+            marking = asyncio.ensure_future(fence.mark(row, after, state))
+            try:
+                await _store(conn, append.session_id, append.messages, row, after)
+            finally:
+                # Not left behind to run into the next transaction on this session; and looked at, also where the
+                # insert has failed, or asyncio would report its error as nobody's.
+                await asyncio.wait([marking])
+                not_marked = marking.exception()
+            if not_marked is not None:
+                raise not_marked
+            return _committed(append.messages, row, after, state)
 
-    async def _state_and_stored(self, conn: asyncpg.Connection, append: Append) -> dict[UUID, asyncpg.Record]:
+    async def _state_and_stored(
+        self, conn: asyncpg.Connection, append: Append
+    ) -> tuple[CacheState, dict[UUID, asyncpg.Record]]:
         # Fresh UUIDv7s cannot be stored already: only a keyed request is looked for.
         ids = [message.message_id for message in append.messages] if _keyed(append) else []
-        if ids and isinstance(append.turn, BeginTurn):
-            ids.append(append.turn.answer_id)
-        if ids:
-            months = [session_month(append.session_id)] * len(ids)
-            records = await conn.fetch(
-                statements.STATE_AND_STORED, [append.session_id] * len(ids), months, ids
-            )
-        else:
-            records = await conn.fetch(statements.STATE)
-        if not records:
-            raise DurableStoreUnavailable("chat.cache_state is empty", hint="start the service once")
-        state = state_of(records[0])
-        if state.protocol != PROTOCOL or state.mode != "hybrid":
-            raise DurableStoreUnavailable(
-                f"the database is in mode {state.mode}, protocol {state.protocol}; "
-                f"this process serves hybrid, protocol {PROTOCOL}",
-                hint="restart this process",
-            )
         if not ids:
-            return {}
-        return {record["message_id"]: record for record in records if record["message_id"] is not None}
+            return _state(await conn.fetchrow(statements.STATE)), {}
+        if isinstance(append.turn, BeginTurn):
+            ids.append(append.turn.answer_id)
+        months = [session_month(append.session_id)] * len(ids)
+        records = await conn.fetch(statements.STATE_AND_STORED, [append.session_id] * len(ids), months, ids)
+        stored = {record["message_id"]: record for record in records if record["message_id"] is not None}
+        return _state(records[0] if records else None), stored
 
     async def context(self, turn: Turn, *, window: int) -> tuple[Message, ...]:
         try:
@@ -280,12 +386,17 @@ class PostgresChatSessionStore:
         return history.messages
 
     async def delete(
-        self, session_id: UUID, *, user_id: str | None, before_commit: Callable[[Row], Awaitable[None]]
+        self,
+        session_id: UUID,
+        *,
+        user_id: str | None,
+        before_commit: Callable[[Row, CacheState], Awaitable[None]],
     ) -> Row:
         async with self._database.transaction() as conn:
             record = await conn.fetchrow(statements.LOCK_SESSION_FOR_DELETE, session_id)
-            row = visible(row_of(record) if record else None, user_id, None)
-            await before_commit(row)
+            state = _state(await conn.fetchrow(statements.STATE))
+            row = owned(row_of(record) if record else None, user_id)
+            await before_commit(row, state)
             await conn.execute(statements.DELETE_MESSAGES, session_id, session_month(session_id))
             await conn.execute(statements.DELETE_TURNS, session_id)
             await conn.execute(statements.DELETE_SESSION, session_id)
@@ -300,10 +411,36 @@ class PostgresChatSessionStore:
             return
 
 
-def visible(row: Row | None, user_id: str | None, min_seq: int | None) -> Row:
-    """The row as this caller may see it: the contract's first checks, in their order."""
+class _NoCache:
+    """The fence of a store that has no cache: it may only write where nobody believes one."""
+
+    def admit(self, state: CacheState) -> None:
+        refuse_other_protocols(state)
+        if state.mode == "redis-only":
+            raise ModeChanged(state)
+        if state.trusting or not state.settled:
+            raise CacheTrusted(state)
+
+    async def mark(self, before: Row, after: Row, state: CacheState) -> None:
+        pass
+
+
+def _state(record: asyncpg.Record | None) -> CacheState:
+    if record is None:
+        raise DurableStoreUnavailable("chat.cache_state is empty", hint="start the service once")
+    return state_of(record)
+
+
+def owned(row: Row | None, user_id: str | None) -> Row:
+    """The row, if it is this caller's."""
     if row is None or user_id not in {None, row.session.user_id}:
         raise SessionNotFound
+    return row
+
+
+def visible(row: Row | None, user_id: str | None, min_seq: int | None) -> Row:
+    """The row as this caller may see it: the contract's first checks, in their order."""
+    row = owned(row, user_id)
     if row.owner == "redis":
         raise AdoptionPending
     if min_seq is not None and min_seq > row.session.message_count:
@@ -380,31 +517,41 @@ async def _hold_turn(conn: asyncpg.Connection, append: Append) -> None:
         )
 
 
-async def _insert(conn: asyncpg.Connection, append: Append, row: Row) -> Committed:
-    messages: Sequence[NewMessage] = append.messages
-    first_seq = row.session.message_count + 1
-    after = Row(
+def _after(row: Row, messages: Sequence[NewMessage], *, last_activity: datetime | None = None) -> Row:
+    """The row once `messages` stand at the end of its session."""
+    return replace(
+        row,
         session=replace(
             row.session,
             message_count=row.session.message_count + len(messages),
             # A clock behind another instance's must not turn a session's activity back.
-            last_activity=max(row.session.last_activity, utc_now()),
+            last_activity=max(row.session.last_activity, last_activity or utc_now()),
         ),
         chain=next_chain(row.chain, [message.message_id for message in messages]),
     )
+
+
+async def _store(
+    conn: asyncpg.Connection, session_id: UUID, messages: Sequence[NewMessage], before: Row, after: Row
+) -> None:
     columns = MessageColumns()
-    for seq, message in enumerate(messages, first_seq):
-        columns.add(append.session_id, message.at(seq))
+    for seq, message in enumerate(messages, before.session.message_count + 1):
+        columns.add(session_id, message.at(seq))
     await conn.execute(
         statements.APPEND,
-        [append.session_id],
+        [session_id],
         [after.session.message_count],
         [after.chain],
         [after.session.last_activity],
         *columns.arrays,
     )
+
+
+def _committed(messages: Sequence[NewMessage], before: Row, after: Row, state: CacheState) -> Committed:
+    first_seq = before.session.message_count + 1
     return Committed(
-        before=row,
+        state=state,
+        before=before,
         after=after,
         first_seq=first_seq,
         last_seq=after.session.message_count,

@@ -4,6 +4,7 @@ Names of constraints and indexes are API: errors are mapped by them, and operato
 """
 
 from sqlalchemy import (
+    Boolean,
     CheckConstraint,
     Column,
     Date,
@@ -101,6 +102,7 @@ cache_state = Table(
     Column("mode", Text, nullable=False),
     Column("cache", Text, nullable=False),
     Column("redis_identity", Text),
+    Column("settled", Boolean, nullable=False, server_default=text("true")),
     PrimaryKeyConstraint("id", name="cache_state_pkey"),
     CheckConstraint("id = 1", name="cache_state_id_check"),
     CheckConstraint("epoch ~ '^[0-9a-f]{16}$'", name="cache_state_epoch_check"),

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,10 @@ from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.commands.core import AsyncScript
+from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
-from app.coherence.ports import CacheOutage, CacheOutOfMemory
+from app.coherence.ports import CacheMoved, CacheOutage, CacheOutOfMemory
 from app.redis_sessions.codec import lua_offsets
 
 log = logging.getLogger("chat_sessions.redis")
@@ -28,6 +29,10 @@ _LUA = Path(__file__).parent / "lua"
 _REST_SECONDS = 0.25
 
 POOL_CONNECTIONS_MAX = 32
+
+#: What a command meets whose connection breaks. RuntimeError: uvloop's for a socket that was reset since its last
+#: command ("the handler is closed"), which redis-py does not translate.
+SOCKET_ERRORS = (RedisError, OSError, TimeoutError, RuntimeError)
 
 
 class _Pool(BlockingConnectionPool):
@@ -41,10 +46,31 @@ class _Pool(BlockingConnectionPool):
         await asyncio.shield(super().release(connection))
 
 
-def create_redis(url: str, *, database: int, timeout_seconds: float) -> Redis:
+class _OtherRedis(RedisConnectionError):
+    """A new socket leads to another Redis than the one it was made for. `identity` as in `CacheMoved`."""
+
+    def __init__(self, identity: str | None) -> None:
+        self.identity = identity
+        super().__init__(f"this is {identity or 'a replica'}")
+
+
+def create_redis(url: str, *, database: int, timeout_seconds: float, identity: str | None = None) -> Redis:
     """A client for one database. Connects on first use; retries nothing by itself: a command that was
     sent twice, once late, is exactly what the coherence protocol must be able to rule out.
+
+    With an `identity` each socket proves, before it carries a command, that it leads to that Redis: a verdict
+    that stands beside a pool would be another socket's.
     """
+    more: dict[str, Any] = {}
+    if identity is not None:
+
+        async def prove(connection: AbstractConnection) -> None:
+            await connection.on_connect()
+            found = await _identity(connection)
+            if found != identity:
+                raise _OtherRedis(found)
+
+        more["redis_connect_func"] = prove
     pool = _Pool.from_url(
         url,
         max_connections=POOL_CONNECTIONS_MAX,
@@ -56,9 +82,29 @@ def create_redis(url: str, *, database: int, timeout_seconds: float) -> Redis:
         protocol=2,
         # Both are given in the URL's place: a path in REDIS_URL does not move the sessions.
         db=database,
+        **more,
     )
     pool.connection_kwargs["db"] = database
     return Redis.from_pool(pool)
+
+
+async def _identity(connection: AbstractConnection) -> str | None:
+    """Which Redis is at the other end; None for a replica.
+
+    `run_id` changes with a restart. `master_replid` changes when the data set does: a primary that was made
+    a replica and promoted again keeps its run_id and even its connections.
+    """
+    facts: dict[str, str] = {}
+    for section in ("server", "replication"):
+        await connection.send_command("INFO", section)
+        text = (await connection.read_response()).decode()
+        facts.update(line.partition(":")[::2] for line in text.splitlines())
+    return identity_of(facts)
+
+
+def identity_of(info: Mapping[str, Any]) -> str | None:
+    """The same, out of what INFO has said."""
+    return f"{info['run_id']}/{info['master_replid']}" if info["role"] == "master" else None
 
 
 @cache
@@ -100,8 +146,9 @@ class BoundedRedis:
         self._scripts: dict[str, AsyncScript] = {}
 
     @asynccontextmanager
-    async def step(self) -> AsyncIterator[Redis]:
-        if time.monotonic() < self._out_until:
+    async def step(self, *, urgent: bool = False) -> AsyncIterator[Redis]:
+        """`urgent`: tried even right after an outage that somebody else met."""
+        if not urgent and time.monotonic() < self._out_until:
             raise CacheOutage("redis was out a moment ago")
         try:
             async with asyncio.timeout(self._timeout_seconds):
@@ -115,14 +162,29 @@ class BoundedRedis:
             else:
                 log.warning("redis refused a command: %s", exc)
             raise CacheOutage(f"redis: {exc}") from exc
-        except (RedisError, OSError, TimeoutError) as exc:
+        except _OtherRedis as exc:
+            raise CacheMoved(exc.identity) from exc
+        except SOCKET_ERRORS as exc:
             self._note_outage(exc)
             raise CacheOutage(f"redis: {str(exc) or type(exc).__name__}") from exc
         self._note_answer()
 
-    async def script(self, name: str, keys: list[str], args: list[Any]) -> Any:
+    async def identity(self) -> str:
+        """Which Redis answers now, asked on a connection made for this. Raises `CacheMoved` for a replica."""
+        async with self.step(urgent=True) as redis:
+            connection = redis.connection_pool.make_connection()  # type: ignore[no-untyped-call]  # as above
+            try:
+                await connection.connect()
+                found = await _identity(connection)
+            finally:
+                await connection.disconnect(nowait=True)
+        if found is None:
+            raise CacheMoved(None)
+        return found
+
+    async def script(self, name: str, keys: list[str], args: list[Any], *, urgent: bool = False) -> Any:
         """Runs a script of `lua/` in one step and one round trip (two the first time)."""
-        async with self.step() as redis:
+        async with self.step(urgent=urgent) as redis:
             # Kept: making one hashes its text.
             if name not in self._scripts:
                 self._scripts[name] = redis.register_script(script_text(name))

@@ -13,12 +13,24 @@ JSON string, so a script finds the borders by a plain search. A line that fell o
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
-from uuid import UUID
+from contextlib import suppress
+from datetime import MAXYEAR, MINYEAR, UTC, datetime
+from typing import Any, Literal
+from uuid import UUID, uuid5
 
-from app.chat import ChatSession, format_time, json_text, parse_time
-from app.coherence.ports import TOKEN_ZERO, CachedValue, Entry, GuideEntry, Owner, Row
+from app.chat import (
+    ROLES,
+    ChatSession,
+    NewMessage,
+    cut_to_milliseconds,
+    format_time,
+    json_text,
+    parse_time,
+    utc_now,
+)
+from app.coherence.ports import TOKEN_ZERO, CachedValue, Entry, GuideEntry, Owner, Row, Unreadable
 
 VERSION = "1"
 _OWNER_LETTER: dict[Owner, Literal["p", "r"]] = {"postgres": "p", "redis": "r"}
@@ -63,6 +75,10 @@ def _offsets() -> tuple[dict[str, tuple[int, int]], int]:
 
 #: name -> (offset, width), and the offset of the user id.
 FIELDS, USER_ID_OFFSET = _offsets()
+
+#: The pending of an entry that no publish makes clean: one that was set outside a row lock may come late, after
+#: the first message was committed, and the publish of that one later still (found by the model).
+PENDING_MAX = 10 ** FIELDS["pending"][1] - 1
 
 #: Bytes from the start of a value that reach past the head: a user id has at most 256 characters, 1,536
 #: bytes when each is escaped.
@@ -113,10 +129,19 @@ def decode(value: bytes, session_id: UUID) -> CachedValue:
     if value.startswith(_START.encode()):
         try:
             entry = _decode_entry(value)
-        except (ValueError, KeyError):
-            return None
+        except (ValueError, KeyError, OverflowError):
+            return _torn(value, session_id)
         return entry if entry.session.session_id == session_id else None
     return _decode_guide(value, session_id)
+
+
+def _torn(value: bytes, session_id: UUID) -> Unreadable | None:
+    """What PostgreSQL owns is made anew; what Redis owns is nowhere else."""
+    name_at, width = FIELDS["session_id"]
+    owner_at = FIELDS["owner"][0]
+    if value[owner_at : owner_at + 1] != b"r" or value[name_at : name_at + width] != str(session_id).encode():
+        return None
+    return Unreadable(why="its head and its lines don't agree")
 
 
 def decode_head(head: bytes, session_id: UUID) -> ChatSession | None:
@@ -125,7 +150,7 @@ def decode_head(head: bytes, session_id: UUID) -> ChatSession | None:
         return None
     try:
         session = _session(match, head[match.end() : head.index(b"\n")])
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return session if session.session_id == session_id else None
 
@@ -168,12 +193,80 @@ def _decode_entry(value: bytes) -> Entry:
     )
 
 
-def _decode_guide(value: bytes, session_id: UUID) -> GuideEntry | None:
+def _decode_guide(value: bytes, session_id: UUID) -> GuideEntry | Unreadable | None:
+    """The guide's own format. Its messages have no ids: they get ones made from what they say and from how often
+    it was said before, so that a second look at an entry that has grown or lost its oldest gives the same ones.
+    """
     try:
         fields = json.loads(value)
-        found = UUID(fields["session_id"])
+        if UUID(fields["session_id"]) != session_id or not isinstance(fields["messages"], list):
+            return None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    if found != session_id or not isinstance(fields.get("messages"), list):
-        return None
-    return GuideEntry(session_id=session_id)
+    try:
+        created_at = _guide_time(fields.get("created_at"), utc_now())
+        ids = _GuideIds(session_id)
+        messages = tuple(_guide_message(ids, message, created_at) for message in fields["messages"])
+        session = ChatSession(
+            session_id=session_id,
+            user_id=_text(fields["user_id"]),
+            created_at=created_at,
+            last_activity=_guide_time(fields.get("last_activity"), created_at),
+            message_count=len(messages),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
+        return Unreadable(why=f"it is in the guide's format, but {exc!r}") if fields["messages"] else None
+    return GuideEntry(session=session, messages=messages)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError("the user's id is no text")
+    return value
+
+
+class _GuideIds:
+    def __init__(self, session_id: UUID) -> None:
+        self._session_id = session_id
+        self._said: Counter[str] = Counter()
+        self._given: set[UUID] = set()
+
+    def id_of(self, fields: dict[str, Any]) -> UUID:
+        """A message of ours keeps its id: the guide's program, where it is still running, carries it along."""
+        text = json.dumps(fields, ensure_ascii=False, sort_keys=True)
+        self._said[text] += 1
+        message_id = uuid5(self._session_id, f"guide\n{self._said[text]}\n{text}")
+        with suppress(ValueError, TypeError, AttributeError):
+            own = UUID(fields.get("message_id"))
+            message_id = message_id if own in self._given else own
+        self._given.add(message_id)
+        return message_id
+
+
+def _guide_message(ids: _GuideIds, fields: dict[str, Any], created_at: datetime) -> NewMessage:
+    role, content, metadata = fields["role"], fields["content"], fields.get("metadata") or {}
+    # What is not as we keep it is kept beside it: no word is lost for its form.
+    if not isinstance(metadata, dict):
+        metadata = {"metadata": metadata}
+    if role not in ROLES:
+        role, metadata = "system", {**metadata, "role": role}
+    if not isinstance(content, str):
+        content = json_text(content)
+    return NewMessage(
+        message_id=ids.id_of(fields),
+        role=role,
+        content=content,
+        created_at=_guide_time(fields.get("timestamp"), created_at),
+        metadata=json_text(metadata),
+    )
+
+
+def _guide_time(text: object, otherwise: datetime) -> datetime:
+    """A time as Python's isoformat wrote it; one without an offset is UTC."""
+    if not isinstance(text, str):
+        return otherwise
+    moment = datetime.fromisoformat(text)
+    # At the ends of the calendar an offset leads out of it.
+    if not MINYEAR < moment.year < MAXYEAR:
+        return otherwise
+    return cut_to_milliseconds(moment if moment.tzinfo else moment.replace(tzinfo=UTC))

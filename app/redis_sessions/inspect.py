@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
 from app.coherence.ports import CachedValue
-from app.redis_sessions.client import BoundedRedis, WrongType, get_bytes
+from app.redis_sessions.client import BoundedRedis, identity_of
 from app.redis_sessions.codec import decode
 from app.redis_sessions.keys import session_key
 
@@ -19,6 +19,14 @@ class Found:
     size_bytes: int
     value: CachedValue
 
+    @property
+    def there(self) -> bool:
+        return self.ttl_seconds != -2  # noqa: PLR2004 - TTL's reply for no key
+
+    @property
+    def expires(self) -> bool:
+        return self.ttl_seconds != -1
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerFacts:
@@ -28,17 +36,28 @@ class ServerFacts:
     session_count: int
     clock_seconds: float
 
+    @property
+    def identity(self) -> str | None:
+        """Which Redis it is, as the sockets of the cache prove it; None for a replica."""
+        return identity_of(self.info)
+
 
 async def find_session(bounded: BoundedRedis, session_id: UUID) -> Found:
     key = session_key(session_id)
+    async with bounded.step() as redis, redis.pipeline(transaction=True) as pipe:
+        pipe.ttl(key)
+        pipe.get(key)
+        ttl_seconds, raw = await pipe.execute(raise_on_error=False)
+    # Another type is refused by GET alone.
+    raw = raw if isinstance(raw, bytes) else b""
+    return Found(ttl_seconds=ttl_seconds, size_bytes=len(raw), value=decode(raw, session_id) if raw else None)
+
+
+async def random_key(bounded: BoundedRedis) -> bytes | None:
+    """Any key of the database, each as likely as the next; None: it is empty."""
     async with bounded.step() as redis:
-        ttl_seconds = await redis.ttl(key)
-        try:
-            raw = await get_bytes(redis.get(key))
-        except WrongType:
-            raw = b""
-    value = decode(raw, session_id) if raw else None
-    return Found(ttl_seconds=ttl_seconds, size_bytes=len(raw or b""), value=value)
+        key = await redis.randomkey()
+    return cast("bytes | None", key)
 
 
 async def server_facts(bounded: BoundedRedis) -> ServerFacts:

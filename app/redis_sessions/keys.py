@@ -16,6 +16,15 @@ def session_key(session_id: UUID) -> str:
     return f"session:{session_id}"
 
 
+def session_of(key: bytes) -> UUID | None:
+    """Whose key it is; None: no session's."""
+    try:
+        session_id = UUID(key.decode().removeprefix("session:"))
+    except ValueError:
+        return None
+    return session_id if session_key(session_id).encode() == key else None
+
+
 def user_key(user_id: str) -> str:
     return f"user:{user_id}"
 

@@ -1,10 +1,11 @@
-"""The guide's system: Redis is the source of truth, sessions expire, no PostgreSQL.
+"""The guide's system: Redis is the source of truth, sessions expire.
 
-It is as durable as Redis's own settings and no more. Each write is one script (`lua/`). The session's key
+It needs no PostgreSQL. Over a database `app/redis_only.py` wraps it: then it serves only what it was handed
+over. It is as durable as Redis's own settings and no more. Each write is one script (`lua/`). The session's key
 lives in the sessions' database; the per-user index and the leases of turns live in the auxiliary one.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -23,7 +24,16 @@ from app.chat import (
     new_uuid,
     utc_now,
 )
-from app.coherence.ports import EPOCH_ZERO, CacheOutage, CacheOutOfMemory, Entry, GuideEntry, Row
+from app.coherence.ports import (
+    EPOCH_ZERO,
+    CacheOutage,
+    CacheOutOfMemory,
+    Entry,
+    GuideEntry,
+    NotHandedOver,
+    Row,
+    Unreadable,
+)
 from app.errors import (
     AdoptionPending,
     CacheFull,
@@ -70,7 +80,8 @@ async def _redis_is_the_truth() -> AsyncIterator[None]:
 class RedisChatSessionStore:
     """Keeps `ChatSessionStore` with Redis alone.
 
-    `redis_url`, where given, names the server instead of `redis_host` and `redis_port`.
+    `redis_url`, where given, names the server instead of `redis_host` and `redis_port`. With
+    `claims=False` a session is served only once it was handed over: `NotHandedOver` for the others.
     """
 
     def __init__(
@@ -85,7 +96,9 @@ class RedisChatSessionStore:
         messages_max: int = 100,
         session_bytes_max: int = 8 * 1024 * 1024,
         timeout_seconds: float = 1.0,
+        claims: bool = True,
     ) -> None:
+        self._claims = claims
         url = redis_url or f"redis://{redis_host}:{redis_port}"
         self._sessions = BoundedRedis(
             create_redis(url, database=redis_db, timeout_seconds=timeout_seconds),
@@ -240,6 +253,55 @@ class RedisChatSessionStore:
             return (StoreHealth(name="redis", status="fail", state=f"out ({exc})"),)
         return (StoreHealth(name="redis", status="pass", state="source of truth"),)
 
+    # -- what Redis-only mode over a database needs
+
+    async def offer(self, row: Row, lines: Sequence[str], *, token: str) -> bool:
+        """Sets an entry that Redis will own, dirty until `settle`. False: Redis holds the session already."""
+        pending = row.session.message_count + 1
+        value = encode(
+            replace(row, owner="redis"), epoch=EPOCH_ZERO, lines=lines, pending=pending, token=token
+        )
+        async with _redis_is_the_truth():
+            done = await self._sessions.script(
+                "offer", [session_key(row.session.session_id)], [value, self._ttl_ms]
+            )
+        return bool(done)
+
+    async def settle(self, session_id: UUID, *, token: str) -> None:
+        """The row says now that Redis owns the session: its entry becomes clean."""
+        async with _redis_is_the_truth():
+            await self._sessions.script("settle", [session_key(session_id)], [token])
+
+    async def entry(self, session_id: UUID) -> Entry | None:
+        """The entry as it stands, whoever owns it; slides nothing."""
+        async with _redis_is_the_truth(), self._sessions.step() as redis:
+            try:
+                value = await get_bytes(redis.get(session_key(session_id)))
+            except WrongType:
+                return None
+        entry = decode(value, session_id) if value is not None else None
+        return entry if isinstance(entry, Entry) else None
+
+    async def unlink(self, session_id: UUID) -> None:
+        """Removes the entry, whoever owns it."""
+        async with _redis_is_the_truth(), self._sessions.step() as redis:
+            await redis.unlink(session_key(session_id))
+
+    async def alive(self, session_ids: Sequence[UUID]) -> list[UUID]:
+        """Those whose entry is there."""
+        async with _redis_is_the_truth(), self._sessions.step() as redis:
+            pipe = redis.pipeline(transaction=False)
+            for session_id in session_ids:
+                pipe.exists(session_key(session_id))
+            found = await pipe.execute()
+        return [session_id for session_id, there in zip(session_ids, found, strict=True) if there]
+
+    async def heads(self, session_ids: Sequence[UUID]) -> dict[UUID, ChatSession]:
+        """What Redis says of those sessions whose entry is there."""
+        async with _redis_is_the_truth():
+            found = await self._heads([str(session_id) for session_id in session_ids])
+        return {session.session_id: session for session in found}
+
     async def _entry(self, session_id: UUID, user_id: str | None, min_seq: int | None) -> Entry:
         async with _redis_is_the_truth(), self._sessions.step() as redis:
             try:
@@ -249,6 +311,10 @@ class RedisChatSessionStore:
         entry = decode(value, session_id) if value is not None else None
         if isinstance(entry, GuideEntry):
             raise AdoptionPending
+        if isinstance(entry, Unreadable):
+            entry = None
+        if entry is not None and not self._claims and (entry.owner != "redis" or entry.dirty):
+            raise NotHandedOver
         if entry is None or user_id not in {None, entry.session.user_id}:
             raise SessionNotFound
         if min_seq is not None and min_seq > entry.session.message_count:
@@ -284,36 +350,44 @@ class RedisChatSessionStore:
                     str(step.token) if step else "",
                     int(step.lease_seconds * 1000) if isinstance(step, BeginTurn) else 0,
                     *self._databases,
+                    int(self._claims),
                     *(text for message in append.messages for text in _split_line(message)),
                 ],
             )
         return await self._outcome(append.session_id, outcome.decode(), rest)
 
     async def _outcome(self, session_id: UUID, outcome: str, rest: list[Any]) -> "_Written":
+        if outcome == "foreign":
+            await self._refuse_foreign(session_id)
+            raise SessionNotFound
+        if outcome not in {"appended", "replayed", "taken-over"}:
+            raise self._refusal(outcome, rest)
+        entry = decode(rest[0], session_id)
+        if isinstance(entry, Entry):
+            entry = _as_truth(entry)
+            return _Written(session=entry.session, entry=entry, stored=outcome != "appended")
+        if session := decode_head(rest[0], session_id):
+            return _Written(session=session, entry=None, stored=False)
+        raise SessionNotFound
+
+    def _refusal(self, outcome: str, rest: list[Any]) -> Exception:
         match outcome:
-            case "foreign":
-                await self._refuse_foreign(session_id)
+            case "not-ours":
+                return NotHandedOver()
             case "running":
-                raise TurnInProgress(retry_after_seconds=max(1, int(rest[0]) / 1000))
+                return TurnInProgress(retry_after_seconds=max(1, int(rest[0]) / 1000))
             case "reused":
-                raise IdempotencyKeyReused
+                return IdempotencyKeyReused()
             case "lost":
-                raise TurnTakenOver
+                return TurnTakenOver()
             case "moved":
-                raise SeqMismatch(int(rest[0]))
+                return SeqMismatch(int(rest[0]))
             case "full":
-                raise SessionTooLarge(
+                return SessionTooLarge(
                     f"the session has reached its limit of {self._session_bytes_max} bytes in Redis",
                     hint="begin a new session",
                 )
-            case "appended" | "replayed" | "taken-over":
-                entry = decode(rest[0], session_id)
-                if isinstance(entry, Entry):
-                    entry = _as_truth(entry)
-                    return _Written(session=entry.session, entry=entry, stored=outcome != "appended")
-                if session := decode_head(rest[0], session_id):
-                    return _Written(session=session, entry=None, stored=False)
-        raise SessionNotFound
+        return SessionNotFound()
 
     async def _refuse_foreign(self, session_id: UUID) -> None:
         """Something stands there that is not in our format: the guide's own is waiting for adoption."""

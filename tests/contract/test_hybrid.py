@@ -6,11 +6,9 @@ from contextlib import AsyncExitStack
 import pytest
 from redis.asyncio import Redis
 
+from app.coherence.ports import CacheState
 from app.hybrid import HybridChatSessionStore
 from app.postgres.engine import Database
-from app.postgres.store import PostgresChatSessionStore
-from app.redis_sessions.cache import RedisSessionCache
-from app.redis_sessions.client import BoundedRedis, create_redis
 from app.redis_sessions.keys import session_key
 from tests.contract.suite import (
     ChatSessionStoreContract,
@@ -22,31 +20,28 @@ from tests.contract.suite import (
 )
 from tests.factories import new_append
 from tests.servers import Servers
+from tests.stores import new_hybrid
 
 pytestmark = pytest.mark.anyio
 
 
 class TestHybridStore(ChatSessionStoreContract, SlidingTtlContract):
-    @pytest.fixture
+    @pytest.fixture(params=["lease", "always"])
     async def make_store(
-        self, servers: Servers, database: Database, redis: Redis
+        self, request: pytest.FixtureRequest, servers: Servers, database: Database, state: CacheState
     ) -> AsyncIterator[MakeStore]:
         async with AsyncExitStack() as stack:
 
             def make(*, ttl_seconds: int = 3600, messages_max: int = 100) -> HybridChatSessionStore:
-                client = create_redis(servers.redis_url, database=1, timeout_seconds=2)
-                stack.push_async_callback(client.aclose)
-                return HybridChatSessionStore(
-                    PostgresChatSessionStore(database, ttl_seconds=ttl_seconds),
-                    RedisSessionCache(
-                        BoundedRedis(client, timeout_seconds=2),
-                        ttl_seconds=ttl_seconds,
-                        messages_max=messages_max,
-                        bytes_max=1024 * 1024,
-                    ),
+                return new_hybrid(
+                    stack,
+                    database,
+                    servers.redis_url,
+                    state=state,
+                    ttl_seconds=ttl_seconds,
                     messages_max=messages_max,
-                    serve_unverified=True,
-                )
+                    verify=request.param,
+                ).store
 
             yield make
 

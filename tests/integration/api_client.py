@@ -14,7 +14,6 @@ from redis.asyncio import Redis
 from app.api.app import create_app
 from app.chat import format_time, parse_time, utc_now
 from app.postgres.engine import Database, create_engine
-from app.postgres.schema import claim_state
 from app.settings import Settings
 from tests.databases import empty
 from tests.servers import Servers
@@ -90,7 +89,6 @@ async def empty_stores(servers: Servers, database_url: str) -> Settings:
     database = Database(create_engine(database_url, application_name="tests"))
     try:
         await empty(database)
-        await claim_state(database, redis_only=None)
     finally:
         await database.close()
     for number in (1, 2):

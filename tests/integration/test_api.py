@@ -16,6 +16,7 @@ from app.api.app import create_app
 from app.chat import format_time, keyed_message_id, new_uuid, utc_now
 from app.postgres.schema import REVISION
 from tests.databases import migrate, new_database
+from tests.factories import guide_value
 from tests.integration.api_client import (
     MODES,
     SESSIONS,
@@ -39,7 +40,8 @@ def mode(request):
 
 
 @pytest.fixture(scope="module")
-async def stores(servers, database_url):
+async def stores(servers, database_url, mode):
+    """Empty for each mode: sessions that one has left in Redis would be another's to take over."""
     return await empty_stores(servers, database_url)
 
 
@@ -1008,23 +1010,42 @@ class TestWhereAnswersComeFrom:
             assert await api.contents(session) == ["a" * 1000]
 
     @pytest.mark.parametrize("mode", ["hybrid"], indirect=True)
-    async def test_a_session_that_redis_holds_alone_waits_for_its_adoption(self, api, redis):
-        session_id = str(new_uuid())
-        guide = json.dumps(
-            {
-                "session_id": session_id,
-                "user_id": "user123",
-                "created_at": "2025-11-14T10:30:00Z",
-                "last_activity": "2025-11-14T10:30:00Z",
-                "messages": [],
-            }
-        )
+    @pytest.mark.parametrize("call", CALLS)
+    async def test_a_session_that_redis_holds_alone_is_taken_over_by_whatever_touches_it(
+        self, api, redis, call
+    ):
+        session_id = new_uuid()
+        await redis.set(f"session:{session_id}", guide_value(session_id, "a", "b"), ex=60)
+        method, path, body = CALLS[call]
+        answer = await api.request(method, f"{SESSIONS}/{session_id}{path}", json=body)
+        assert answer.is_success, answer.text
+        stored = await messages_in_postgresql(api, session_id)
+        assert stored[:2] == ([] if method == "DELETE" else ["a", "b"])
+
+    @pytest.mark.parametrize("mode", ["hybrid"], indirect=True)
+    async def test_what_postgresql_can_not_take_over_waits_in_redis(self, api, redis):
+        session_id = new_uuid()
+        guide = guide_value(session_id, "a\x00b")
         await redis.set(f"session:{session_id}", guide, ex=60)
         for method, path, body in CALLS.values():
             answer = await api.request(method, f"{SESSIONS}/{session_id}{path}", json=body)
             assert_problem(answer, 503, "adoption_pending")
             assert int(answer.headers["retry-after"]) >= 1
-        assert await redis.get(f"session:{session_id}") == guide.encode()
+        assert await redis.get(f"session:{session_id}") == guide
+
+
+async def messages_in_postgresql(api, session_id):
+    async with api.runtime.database.connection() as conn:
+        found = await conn.fetch(
+            "SELECT content FROM chat.chat_messages WHERE session_id = $1 ORDER BY seq", session_id
+        )
+    return [one["content"] for one in found]
+
+
+async def lease_ended(api):
+    """What is cached is current until then: while PostgreSQL is out nobody can commit anything newer."""
+    while api.runtime.stores.lease.current() is not None:  # noqa: ASYNC110 - time has no event of ours
+        await asyncio.sleep(0.01)
 
 
 def unused_port():
@@ -1085,6 +1106,7 @@ class TestOutages:
                     answer = await api.request(method, path, json=body)
                     assert_problem(answer, 503, "durable_store_unavailable")
                     assert int(answer.headers["retry-after"]) >= 1
+                await lease_ended(api)
                 cached = await api.get(f"{session}/history", headers={"If-None-Match": '"2", *'})
                 assert cached.status_code == 200
                 assert [one["content"] for one in cached.json()["messages"]] == ["a", "b"]
@@ -1112,6 +1134,7 @@ class TestOutages:
         async with open_api(settings, database_url=own_database, pg_outage_reads="refuse") as api:
             session = await api.new_session()
             async with postgresql_out():
+                await lease_ended(api)
                 for path in (session, f"{session}/history"):
                     answer = await api.get(path)
                     assert_problem(answer, 503, "freshness_unknown")
@@ -1121,8 +1144,10 @@ class TestOutages:
             assert (await api.get(f"{session}/history")).headers["etag"] == '"0"'
 
     @pytest.mark.parametrize("mode", ["hybrid"], indirect=True)
-    async def test_without_redis_postgresql_answers_every_call(self, settings):
-        async with open_api(settings, redis_url=f"redis://127.0.0.1:{unused_port()}") as api:
+    async def test_without_redis_postgresql_answers_every_call(self, settings, own_database):
+        # Of its own: who cannot reach Redis turns the cache off for all who serve the same database.
+        overrides = {"database_url": own_database, "redis_url": f"redis://127.0.0.1:{unused_port()}"}
+        async with open_api(settings, **overrides) as api:
             session = await api.new_session()
             answer = await api.post(f"{session}/messages", json={"message": "a"}, headers=keyed())
             again = await api.post(f"{session}/messages", json={"message": "a"}, headers=keyed())

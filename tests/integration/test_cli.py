@@ -22,7 +22,18 @@ from tests.databases import migrate, new_database
 from tests.factories import guide_value, new_append
 from tests.integration.processes import command, environment, one_line, run, serving
 
-COMMANDS = ("serve", "migrate", "partitions", "doctor", "show", "report")
+COMMANDS = (
+    "serve",
+    "migrate",
+    "partitions",
+    "doctor",
+    "show",
+    "report",
+    "mode",
+    "adopt",
+    "verify",
+    "repair",
+)
 
 UNKNOWN = "01890000-0000-7000-8000-000000000000"
 OUT = {

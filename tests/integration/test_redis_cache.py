@@ -4,22 +4,39 @@ import asyncio
 import json
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from uuid import UUID
 
 import pytest
 from redis.asyncio import Redis
 
 from app.chat import NewMessage
-from app.coherence.ports import EPOCH_ZERO, CacheOutage, Committed, Entry, GuideEntry, Row
+from app.coherence.ports import (
+    EPOCH_ZERO,
+    PROTOCOL,
+    TOKEN_ZERO,
+    CachedValue,
+    CacheMoved,
+    CacheOutage,
+    CacheState,
+    Committed,
+    Entry,
+    GuideEntry,
+    MarkOutcome,
+    Row,
+    Watch,
+)
 from app.embedded import embedded_servers
 from app.errors import CacheFull
 from app.redis_sessions.cache import RedisSessionCache, newest_that_fit
-from app.redis_sessions.client import BoundedRedis, create_redis
+from app.redis_sessions.client import create_redis
 from app.redis_sessions.codec import FIELDS, USER_ID_OFFSET, encode
 from app.redis_sessions.keys import session_key
 from app.redis_sessions.store import RedisChatSessionStore
+from tests.contract.suite import until
 from tests.factories import (
     committed_append,
     guide_value,
@@ -33,7 +50,8 @@ from tests.servers import Servers
 
 pytestmark = pytest.mark.anyio
 
-OTHER_EPOCH = "f" * 16
+EPOCH, OTHER_EPOCH = "e" * 16, "f" * 16
+TOKEN, OTHER_TOKEN = "a" * 16, "b" * 16
 
 # Text that looks like the layout itself, in one byte and in four.
 AWKWARD = [
@@ -49,32 +67,75 @@ AWKWARD = [
 ]
 
 
+@dataclass(frozen=True)
+class Steps:
+    """A cache's steps under one state."""
+
+    cache: RedisSessionCache
+    state: CacheState
+
+    async def get(self, session_id: UUID) -> CachedValue:
+        return await self.cache.get(session_id, self.state)
+
+    async def mark(self, committed: Committed, *, token: str = TOKEN, epoch: str = EPOCH) -> MarkOutcome:
+        state = replace(self.state, epoch=epoch)
+        return await self.cache.mark(committed.before, committed.after, state, token=token)
+
+    async def publish(self, committed: Committed, epoch: str = EPOCH) -> str:
+        state = replace(self.state, epoch=epoch)
+        return (await self.cache.publish(committed, state, want_entry=False)).outcome
+
+    async def published(self, committed: Committed) -> Entry | None:
+        return (await self.cache.publish(committed, self.state, want_entry=True)).entry
+
+    async def skeleton(self, row: Row, *, token: str = TOKEN) -> None:
+        await self.cache.skeleton(row, self.state, token=token)
+
+    async def settle(self, row: Row, *, token: str = TOKEN) -> None:
+        await self.cache.settle(row.session.session_id, self.state, token=token)
+
+    async def remove(self, session_id: UUID) -> bool:
+        return await self.cache.remove(session_id, self.state)
+
+    def watch(self, session_id: UUID) -> AbstractAsyncContextManager[Watch]:
+        return self.cache.watch(session_id, self.state)
+
+
+MakeCache = Callable[..., Awaitable[Steps]]
+
+
+def state_of(identity: str | None, *, epoch: str = EPOCH) -> CacheState:
+    return CacheState(protocol=PROTOCOL, epoch=epoch, mode="hybrid", cache="on", redis_identity=identity)
+
+
 @pytest.fixture
-async def make_cache(servers: Servers, redis: Redis) -> AsyncIterator[Callable[..., RedisSessionCache]]:
+async def make_cache(servers: Servers, redis: Redis) -> AsyncIterator[MakeCache]:
     async with AsyncExitStack() as stack:
 
-        def make(
+        async def make(
             *,
             ttl_seconds: int = 100,
             messages_max: int = 100,
             bytes_max: int = 1024 * 1024,
             url: str = servers.redis_url,
-        ) -> RedisSessionCache:
-            client = create_redis(url, database=1, timeout_seconds=2)
-            stack.push_async_callback(client.aclose)
-            return RedisSessionCache(
-                BoundedRedis(client, timeout_seconds=2),
+        ) -> Steps:
+            cache = RedisSessionCache(
+                url,
+                database=1,
+                timeout_seconds=2,
                 ttl_seconds=ttl_seconds,
                 messages_max=messages_max,
                 bytes_max=bytes_max,
             )
+            stack.push_async_callback(cache.close)
+            return Steps(cache, state_of(await cache.probe()))
 
         yield make
 
 
 @pytest.fixture
-def cache(make_cache: Callable[..., RedisSessionCache]) -> RedisSessionCache:
-    return make_cache()
+async def cache(make_cache: MakeCache) -> Steps:
+    return await make_cache()
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +164,9 @@ async def full(private_url: str) -> AsyncIterator[Callable[[], Awaitable[None]]]
         await redis.config_set("maxmemory", 0)
 
 
-async def fill(cache: RedisSessionCache, row: Row, lines: Sequence[str] = ()) -> bool:
+async def fill(cache: Steps, row: Row, lines: Sequence[str] = (), *, epoch: str = EPOCH) -> bool:
     async with cache.watch(row.session.session_id) as watch:
-        return await watch.fill(row, EPOCH_ZERO, lines)
-
-
-async def publish(cache: RedisSessionCache, committed: Committed, epoch: str = EPOCH_ZERO) -> str:
-    return (await cache.publish(committed, epoch, want_entry=False)).outcome
+        return await watch.fill(row, epoch, lines)
 
 
 async def raw(redis: Redis, row: Row) -> bytes:
@@ -118,7 +175,7 @@ async def raw(redis: Redis, row: Row) -> bytes:
     return value
 
 
-async def filled_row(cache: RedisSessionCache, *contents: str, user_id: str = "user123") -> Row:
+async def filled_row(cache: Steps, *contents: str, user_id: str = "user123") -> Row:
     """A session whose messages are all in its entry."""
     committed = committed_append(new_row(user_id=user_id), [new_message(text) for text in contents])
     assert await fill(cache, committed.after, committed.lines)
@@ -151,20 +208,20 @@ def random_messages(rng: random.Random) -> list[NewMessage]:
 
 @pytest.mark.parametrize("messages_max", [1, 2, 10, 100])
 async def test_a_value_is_the_sessions_json_after_every_append(
-    make_cache: Callable[..., RedisSessionCache], redis: Redis, messages_max: int
+    make_cache: MakeCache, redis: Redis, messages_max: int
 ) -> None:
     rng = random.Random(messages_max)
-    cache = make_cache(messages_max=messages_max, bytes_max=30_000)
+    cache = await make_cache(messages_max=messages_max, bytes_max=30_000)
     row = await filled_row(cache, user_id='"]}\\\n Đ🙂')
     lines: list[str] = []
 
     for _ in range(150):
         committed = committed_append(row, random_messages(rng))
-        published = await cache.publish(committed, EPOCH_ZERO, want_entry=True)
+        entry = await cache.published(committed)
         row, lines = committed.after, [*lines, *committed.lines]
 
         value = await raw(redis, row)
-        parsed, entry = json.loads(value), published.entry
+        parsed = json.loads(value)
         expected = list(newest_that_fit(lines[-messages_max:], 30_000))
         assert parsed["session_id"] == str(row.session.session_id)
         assert parsed["user_id"] == row.session.user_id
@@ -179,60 +236,52 @@ async def test_a_value_is_the_sessions_json_after_every_append(
     assert await cache.get(row.session.session_id) == entry
 
 
-async def test_a_published_value_equals_a_filled_one(
-    make_cache: Callable[..., RedisSessionCache], redis: Redis
-) -> None:
-    cache = make_cache()
+async def test_a_published_value_equals_a_filled_one(make_cache: MakeCache, redis: Redis) -> None:
+    cache = await make_cache()
     row = await filled_row(cache, "a", "b")
     committed = committed_append(row, [new_message("c"), new_message("d")])
 
-    outcome = await publish(cache, committed)
+    outcome = await cache.publish(committed)
 
     published = await raw(redis, row)
     lines = [*(line.decode() for line in published.splitlines()[1:3])]
     lines = [line.removesuffix(",") for line in lines] + list(committed.lines)
     assert outcome == "published"
-    assert published == encode(committed.after, epoch=EPOCH_ZERO, lines=lines)
+    assert published == encode(committed.after, epoch=EPOCH, lines=lines)
 
 
-async def test_the_window_ends_at_its_count(
-    make_cache: Callable[..., RedisSessionCache], redis: Redis
-) -> None:
-    cache = make_cache(messages_max=3)
+async def test_the_window_ends_at_its_count(make_cache: MakeCache, redis: Redis) -> None:
+    cache = await make_cache(messages_max=3)
     row = await filled_row(cache, "a", "b")
 
-    await publish(cache, committed_append(row, [new_message(text) for text in "cde"]))
+    await cache.publish(committed_append(row, [new_message(text) for text in "cde"]))
 
     value = await raw(redis, row)
     assert contents(value) == ["c", "d", "e"]
     assert (number(value, "first_seq"), number(value, "seq")) == (3, 5)
 
 
-async def test_the_window_ends_at_its_bytes(
-    make_cache: Callable[..., RedisSessionCache], redis: Redis
-) -> None:
-    cache = make_cache(bytes_max=1000)
+async def test_the_window_ends_at_its_bytes(make_cache: MakeCache, redis: Redis) -> None:
+    cache = await make_cache(bytes_max=1000)
     row = await filled_row(cache, "a" * 300)
 
     for text in ("b" * 300, "c" * 300):
         committed = committed_append(row, [new_message(text)])
-        await publish(cache, committed)
+        await cache.publish(committed)
         row = committed.after
 
     assert [text[0] for text in contents(await raw(redis, row))] == ["b", "c"]
 
 
-async def test_published_and_filled_windows_end_at_the_same_byte(
-    make_cache: Callable[..., RedisSessionCache], redis: Redis
-) -> None:
+async def test_published_and_filled_windows_end_at_the_same_byte(make_cache: MakeCache, redis: Redis) -> None:
     line = len(new_message("a" * 200).line(10))
     for bytes_max in (3 * (line + 2) - 1, 3 * (line + 2)):
-        cache = make_cache(bytes_max=bytes_max)
+        cache = await make_cache(bytes_max=bytes_max)
         committed = committed_append(
             new_row(message_count=9, chain=bytes(8)), [new_message("a" * 200) for _ in range(10)]
         )
         await fill(cache, new_row(committed.after.session.session_id, message_count=9), [])
-        await publish(cache, committed)
+        await cache.publish(committed)
         published = number(await raw(redis, committed.after), "first_seq")
 
         await fill(cache, committed.after, committed.lines)
@@ -242,28 +291,28 @@ async def test_published_and_filled_windows_end_at_the_same_byte(
 
 
 async def test_a_message_beyond_the_byte_window_leaves_an_empty_window(
-    make_cache: Callable[..., RedisSessionCache], redis: Redis
+    make_cache: MakeCache, redis: Redis
 ) -> None:
-    cache = make_cache(bytes_max=1000)
+    cache = await make_cache(bytes_max=1000)
     row = await filled_row(cache, "a")
     huge = committed_append(row, [new_message("b" * 2000)])
     small = committed_append(huge.after, [new_message("c")])
 
-    published = await cache.publish(huge, EPOCH_ZERO, want_entry=True)
+    published = await cache.published(huge)
     emptied = await raw(redis, row)
-    await publish(cache, small)
+    await cache.publish(small)
 
-    assert published.entry is not None
-    assert published.entry.equals(huge.after)
-    assert published.entry.newest(1, None) is None
+    assert published is not None
+    assert published.equals(huge.after)
+    assert published.newest(1, None) is None
     assert (contents(emptied), number(emptied, "first_seq"), len(emptied) < 400) == ([], 3, True)
     assert contents(await raw(redis, row)) == ["c"]
 
 
 async def test_a_fill_beyond_the_byte_window_leaves_an_empty_window(
-    make_cache: Callable[..., RedisSessionCache], redis: Redis
+    make_cache: MakeCache, redis: Redis
 ) -> None:
-    cache = make_cache(bytes_max=1000)
+    cache = await make_cache(bytes_max=1000)
 
     row = await filled_row(cache, "a", "b" * 2000)
 
@@ -272,17 +321,15 @@ async def test_a_fill_beyond_the_byte_window_leaves_an_empty_window(
     assert (entry.first_seq, entry.body, entry.equals(row)) == (3, b"", True)
 
 
-async def test_a_full_window_is_compacted_once_in_many_appends(
-    make_cache: Callable[..., RedisSessionCache], redis: Redis
-) -> None:
-    cache = make_cache(messages_max=100)
+async def test_a_full_window_is_compacted_once_in_many_appends(make_cache: MakeCache, redis: Redis) -> None:
+    cache = await make_cache(messages_max=100)
     row = await filled_row(cache, *["x" * 100] * 100)
     await redis.config_resetstat()
 
     sizes = []
     for _ in range(600):
         committed = committed_append(row, [new_message("x" * 100)])
-        await publish(cache, committed)
+        await cache.publish(committed)
         row = committed.after
         sizes.append(await redis.strlen(session_key(row.session.session_id)))
 
@@ -291,13 +338,13 @@ async def test_a_full_window_is_compacted_once_in_many_appends(
     assert max(sizes) <= min(sizes) * 12 / 11 + 500
 
 
-async def test_an_append_into_an_open_window_rewrites_nothing(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_an_append_into_an_open_window_rewrites_nothing(cache: Steps, redis: Redis) -> None:
     row = await filled_row(cache)
     await redis.config_resetstat()
 
     for _ in range(100):
         committed = committed_append(row, [new_message("x" * 100)])
-        await publish(cache, committed)
+        await cache.publish(committed)
         row = committed.after
 
     stats = await redis.info("commandstats")
@@ -308,9 +355,7 @@ async def test_an_append_into_an_open_window_rewrites_nothing(cache: RedisSessio
 # The time to live
 
 
-async def test_the_steps_that_use_an_entry_slide_its_time_to_live(
-    cache: RedisSessionCache, redis: Redis
-) -> None:
+async def test_the_steps_that_use_an_entry_slide_its_time_to_live(cache: Steps, redis: Redis) -> None:
     row = await filled_row(cache, "a")
     key = session_key(row.session.session_id)
     left = [await redis.pttl(key)]
@@ -319,32 +364,30 @@ async def test_the_steps_that_use_an_entry_slide_its_time_to_live(
     await cache.get(row.session.session_id)
     left.append(await redis.pttl(key))
     await redis.pexpire(key, 5000)
-    await publish(cache, committed_append(row, [new_message("b")]))
+    await cache.publish(committed_append(row, [new_message("b")]))
     left.append(await redis.pttl(key))
 
     assert min(left) > 95_000
     assert max(left) <= 100_000
 
 
-async def test_a_publish_that_changes_nothing_slides_nothing(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_a_publish_that_changes_nothing_slides_nothing(cache: Steps, redis: Redis) -> None:
     row = await filled_row(cache, "a")
     await redis.pexpire(session_key(row.session.session_id), 5000)
 
-    await publish(cache, committed_append(row, [new_message("b")]), OTHER_EPOCH)
+    await cache.publish(committed_append(row, [new_message("b")]), OTHER_EPOCH)
 
     assert await redis.pttl(session_key(row.session.session_id)) <= 5000
 
 
-async def test_compaction_keeps_the_time_to_live(
-    make_cache: Callable[..., RedisSessionCache], redis: Redis
-) -> None:
-    cache = make_cache(messages_max=2)
+async def test_compaction_keeps_the_time_to_live(make_cache: MakeCache, redis: Redis) -> None:
+    cache = await make_cache(messages_max=2)
     row = await filled_row(cache, "a", "b")
 
     left = []
     for _ in range(20):
         committed = committed_append(row, [new_message("x" * 50)])
-        await publish(cache, committed)
+        await cache.publish(committed)
         row = committed.after
         left.append(await redis.pttl(session_key(row.session.session_id)))
 
@@ -357,15 +400,15 @@ async def test_compaction_keeps_the_time_to_live(
 @pytest.mark.parametrize(
     ("seq", "chain", "epoch"),
     [
-        (1, bytes(8), EPOCH_ZERO),
-        (3, bytes(8), EPOCH_ZERO),
-        (2, b"another!", EPOCH_ZERO),
+        (1, bytes(8), EPOCH),
+        (3, bytes(8), EPOCH),
+        (2, b"another!", EPOCH),
         (2, bytes(8), OTHER_EPOCH),
     ],
     ids=["shorter", "longer", "another history", "another epoch"],
 )
 async def test_a_publish_changes_only_an_entry_that_stands_exactly_before_it(
-    cache: RedisSessionCache, redis: Redis, seq: int, chain: bytes, epoch: str
+    cache: Steps, redis: Redis, seq: int, chain: bytes, epoch: str
 ) -> None:
     lines = [new_message(text).line(at) for at, text in enumerate("abc"[:seq], 1)]
     entry = new_row(message_count=seq, chain=chain)
@@ -373,117 +416,143 @@ async def test_a_publish_changes_only_an_entry_that_stands_exactly_before_it(
     before = await raw(redis, entry)
     row = new_row(entry.session.session_id, message_count=2)
 
-    outcome = await publish(cache, committed_append(row, [new_message("x")]), epoch)
+    outcome = await cache.publish(committed_append(row, [new_message("x")]), epoch)
 
     assert outcome == "behind"
     assert await raw(redis, entry) == before
 
 
-async def test_a_publish_makes_no_entry(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_a_publish_makes_no_entry(cache: Steps, redis: Redis) -> None:
     row = new_row()
 
-    outcome = await publish(cache, committed_append(row, [new_message()]))
+    outcome = await cache.publish(committed_append(row, [new_message()]))
 
     assert outcome == "absent"
     assert await redis.dbsize() == 0
 
 
-async def test_a_publish_that_arrives_twice_or_late_changes_nothing_more(
-    cache: RedisSessionCache, redis: Redis
-) -> None:
+async def test_a_publish_that_arrives_twice_or_late_changes_nothing_more(cache: Steps, redis: Redis) -> None:
     first = committed_append(await filled_row(cache, "a"), [new_message("b")])
     second = committed_append(first.after, [new_message("c")])
-    await publish(cache, first)
-    await publish(cache, second)
+    await cache.publish(first)
+    await cache.publish(second)
     before = await raw(redis, first.after)
 
-    outcomes = [await publish(cache, committed) for committed in (second, first, second)]
+    outcomes = [await cache.publish(committed) for committed in (second, first, second)]
 
     assert outcomes == ["behind"] * 3
     assert await raw(redis, first.after) == before
     assert contents(before) == ["a", "b", "c"]
 
 
-async def test_a_publish_whose_predecessor_was_lost_changes_nothing(
-    cache: RedisSessionCache, redis: Redis
-) -> None:
+async def test_a_publish_whose_predecessor_was_lost_changes_nothing(cache: Steps, redis: Redis) -> None:
     lost = committed_append(await filled_row(cache, "a"), [new_message("b")])
     before = await raw(redis, lost.before)
 
-    outcome = await publish(cache, committed_append(lost.after, [new_message("c")]))
+    outcome = await cache.publish(committed_append(lost.after, [new_message("c")]))
 
     assert outcome == "behind"
     assert await raw(redis, lost.before) == before
 
 
-async def test_of_two_histories_of_one_length_only_its_own_publish_fits(
-    cache: RedisSessionCache, redis: Redis
-) -> None:
+async def test_of_two_histories_of_one_length_only_its_own_publish_fits(cache: Steps, redis: Redis) -> None:
     row = await filled_row(cache, "a")
     one, other = (committed_append(row, [new_message(text)]) for text in ("b", "B"))
-    await publish(cache, one)
+    await cache.publish(one)
 
-    outcome = await publish(cache, committed_append(other.after, [new_message("c")]))
+    outcome = await cache.publish(committed_append(other.after, [new_message("c")]))
 
     assert outcome == "behind"
     assert contents(await raw(redis, row)) == ["a", "b"]
 
 
-async def test_a_publish_answers_with_the_entry_that_it_left(cache: RedisSessionCache) -> None:
+async def test_a_publish_answers_with_the_entry_that_it_left(cache: Steps) -> None:
     row = await filled_row(cache, "a")
     committed = committed_append(row, [new_message("b"), new_message("c")])
 
-    published = await cache.publish(committed, EPOCH_ZERO, want_entry=True)
+    published = await cache.published(committed)
 
-    assert published.entry is not None
-    assert published.entry.equals(committed.after)
-    assert published.entry.session == committed.after.session
-    assert published.entry.chain == committed.after.chain
+    assert published is not None
+    assert published.equals(committed.after)
+    assert published.session == committed.after.session
+    assert published.chain == committed.after.chain
 
 
 # What Redis owns, what the guide wrote, what nobody knows
 
 
-async def test_nothing_changes_an_entry_that_redis_owns(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_nothing_changes_an_entry_that_redis_owns(cache: Steps, redis: Redis) -> None:
     row = new_row(owner="redis")
-    await redis.set(session_key(row.session.session_id), encode(row, epoch=EPOCH_ZERO, lines=[]), ex=100)
+    await redis.set(session_key(row.session.session_id), encode(row, epoch=EPOCH, lines=[]), ex=100)
     before = await raw(redis, row)
+    committed = committed_append(row, [new_message()])
 
-    published = await publish(cache, committed_append(row, [new_message()]))
+    outcomes = await cache.mark(committed), await cache.publish(committed)
+    await cache.skeleton(row)
+    await cache.settle(row)
     removed = await cache.remove(row.session.session_id)
     async with cache.watch(row.session.session_id) as watch:
         watched = watch.value
 
-    assert (published, removed) == ("redis-owned", False)
+    assert (outcomes, removed) == (("redis-owned", "redis-owned"), False)
     assert isinstance(watched, Entry)
     assert watched.owner == "redis"
     assert await raw(redis, row) == before
+    assert await redis.pttl(session_key(row.session.session_id)) <= 100_000
 
 
-async def test_a_fill_loses_against_redis_taking_the_session(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_a_fill_loses_against_redis_taking_the_session(cache: Steps, redis: Redis) -> None:
     row = new_row()
     async with cache.watch(row.session.session_id) as watch:
         owned = encode(new_row(row.session.session_id, owner="redis"), epoch=EPOCH_ZERO, lines=[])
         await redis.set(session_key(row.session.session_id), owned, ex=100)
 
-        filled = await watch.fill(row, EPOCH_ZERO, [])
+        filled = await watch.fill(row, EPOCH, [])
 
     assert not filled
     assert await raw(redis, row) == owned
 
 
-async def test_an_entry_in_the_guides_format_is_told_apart_and_left_alone(
-    cache: RedisSessionCache, redis: Redis
+async def test_a_session_in_the_guides_format_is_told_apart_and_left_alone(
+    cache: Steps, redis: Redis
 ) -> None:
     row = new_row()
     value = guide_value(row.session.session_id, "a")
     await redis.set(session_key(row.session.session_id), value, ex=100)
 
     read = await cache.get(row.session.session_id)
-    outcome = await publish(cache, committed_append(row, [new_message()]))
+    committed = committed_append(row, [new_message()])
+    outcomes = await cache.mark(committed), await cache.publish(committed)
+    await cache.skeleton(row)
+    await cache.settle(row)
 
-    assert (read, outcome) == (GuideEntry(session_id=row.session.session_id), "behind")
+    assert isinstance(read, GuideEntry)
+    assert [message.content for message in read.messages] == ["a"]
+    assert outcomes == ("foreign", "behind")
     assert await raw(redis, row) == value
+
+
+async def test_a_mark_leaves_every_json_object_that_is_not_ours_alone(cache: Steps, redis: Redis) -> None:
+    """One of another version of ours, too: a rolling deployment goes both ways."""
+    row = new_row()
+    key = session_key(row.session.session_id)
+    values = [b"{", b"{}", b'{"session_id":', encode(row, epoch=EPOCH, lines=[]).replace(b'"1p', b'"2p')]
+
+    for value in values:
+        await redis.set(key, value, ex=100)
+        assert await cache.mark(committed_append(row, [new_message()])) == "foreign"
+        assert await raw(redis, row) == value
+
+
+@pytest.mark.parametrize("garbage", [b"garbage", b'{"_c":"1p', b"\xff" * 300, b"[]"])
+async def test_a_mark_takes_garbage_away(cache: Steps, redis: Redis, garbage: bytes) -> None:
+    row = new_row()
+    await redis.set(session_key(row.session.session_id), garbage, ex=100)
+
+    outcome = await cache.mark(committed_append(row, [new_message()]))
+
+    assert outcome == "touched"
+    assert await redis.dbsize() == 0
 
 
 @pytest.mark.parametrize(
@@ -498,14 +567,12 @@ async def test_an_entry_in_the_guides_format_is_told_apart_and_left_alone(
         b'{"_c":"1p' + b"\n" * 300,
     ],
 )
-async def test_garbage_is_a_miss_that_a_fill_replaces(
-    cache: RedisSessionCache, redis: Redis, garbage: bytes
-) -> None:
+async def test_garbage_is_a_miss_that_a_fill_replaces(cache: Steps, redis: Redis, garbage: bytes) -> None:
     row = new_row()
     await redis.set(session_key(row.session.session_id), garbage, ex=100)
 
     read = await cache.get(row.session.session_id)
-    outcome = await publish(cache, committed_append(row, [new_message()]))
+    outcome = await cache.publish(committed_append(row, [new_message()]))
     filled = await fill(cache, row)
 
     assert (read, filled) == (None, True)
@@ -513,37 +580,55 @@ async def test_garbage_is_a_miss_that_a_fill_replaces(
     assert isinstance(await cache.get(row.session.session_id), Entry)
 
 
-async def test_a_torn_entry_is_never_spliced(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_a_torn_entry_is_never_spliced(cache: Steps, redis: Redis) -> None:
     row = await filled_row(cache, "a", "b")
     value = await raw(redis, row)
     committed = committed_append(row, [new_message("c")])
 
     for length in range(1, len(value)):
         await redis.set(session_key(row.session.session_id), value[:length], ex=100)
-        assert await publish(cache, committed) == "behind"
+        assert await cache.publish(committed) == "behind"
         assert await raw(redis, row) == value[:length]
 
 
-async def test_a_key_of_another_type_is_a_miss_that_a_fill_or_a_remove_replaces(
-    cache: RedisSessionCache, redis: Redis
+async def test_a_torn_entry_is_never_marked_as_if_it_were_whole(cache: Steps, redis: Redis) -> None:
+    row = await filled_row(cache, "a", "b")
+    value = await raw(redis, row)
+    committed = committed_append(row, [new_message("c")])
+
+    outcomes = set()
+    for length in range(1, len(value), 7):
+        await redis.set(session_key(row.session.session_id), value[:length], ex=100)
+        outcomes.add(await cache.mark(committed))
+        assert await cache.get(row.session.session_id) is None
+
+    assert outcomes == {"touched", "foreign"}
+
+
+async def test_a_key_of_another_type_is_a_miss_that_a_fill_a_mark_or_a_remove_replaces(
+    cache: Steps, redis: Redis
 ) -> None:
     row = new_row()
     key = session_key(row.session.session_id)
+    committed = committed_append(row, [new_message()])
     await redis.lpush(key, "a")
 
     read = await cache.get(row.session.session_id)
-    outcome = await publish(cache, committed_append(row, [new_message()]))
+    outcome = await cache.publish(committed)
     await fill(cache, row)
     filled = await redis.type(key)
     await redis.delete(key)
     await redis.lpush(key, "a")
+    marked, left = await cache.mark(committed), await redis.exists(key)
+    await redis.lpush(key, "a")
     removed = await cache.remove(row.session.session_id)
 
     assert (read, outcome, filled, removed) == (None, "behind", b"string", True)
+    assert (marked, left) == ("touched", 0)
     assert await redis.exists(key) == 0
 
 
-async def test_another_sessions_entry_is_a_miss(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_another_sessions_entry_is_a_miss(cache: Steps, redis: Redis) -> None:
     row, other = await filled_row(cache, "a"), await filled_row(cache, "b")
     await redis.set(session_key(row.session.session_id), await raw(redis, other), ex=100)
 
@@ -553,57 +638,55 @@ async def test_another_sessions_entry_is_a_miss(cache: RedisSessionCache, redis:
 # Fills that lose
 
 
-async def test_a_fill_that_lost_to_a_remove_of_nothing_is_refused(
-    cache: RedisSessionCache, redis: Redis
-) -> None:
+async def test_a_fill_that_lost_to_a_remove_of_nothing_is_refused(cache: Steps, redis: Redis) -> None:
     row = new_row()
     async with cache.watch(row.session.session_id) as watch:
         await cache.remove(row.session.session_id)
 
-        filled = await watch.fill(row, EPOCH_ZERO, [])
+        filled = await watch.fill(row, EPOCH, [])
 
     assert not filled
     assert await redis.dbsize() == 0
 
 
-async def test_a_fill_that_lost_to_a_remove_is_refused(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_a_fill_that_lost_to_a_remove_is_refused(cache: Steps, redis: Redis) -> None:
     row = await filled_row(cache, "a")
     async with cache.watch(row.session.session_id) as watch:
         await cache.remove(row.session.session_id)
 
-        filled = await watch.fill(row, EPOCH_ZERO, [])
+        filled = await watch.fill(row, EPOCH, [])
 
     assert not filled
     assert await redis.dbsize() == 0
 
 
-async def test_a_fill_that_lost_to_another_fill_is_refused(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_a_fill_that_lost_to_another_fill_is_refused(cache: Steps, redis: Redis) -> None:
     row = new_row()
     async with cache.watch(row.session.session_id) as slow:
         newer = committed_append(row, [new_message("a")])
         await fill(cache, newer.after, newer.lines)
 
-        filled = await slow.fill(row, EPOCH_ZERO, [])
+        filled = await slow.fill(row, EPOCH, [])
 
     assert not filled
     assert contents(await raw(redis, row)) == ["a"]
 
 
-async def test_a_fill_that_lost_to_a_publish_is_refused(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_a_fill_that_lost_to_a_publish_is_refused(cache: Steps, redis: Redis) -> None:
     row = await filled_row(cache, "a")
     async with cache.watch(row.session.session_id) as watch:
-        await publish(cache, committed_append(row, [new_message("b")]))
+        await cache.publish(committed_append(row, [new_message("b")]))
 
-        filled = await watch.fill(row, EPOCH_ZERO, [])
+        filled = await watch.fill(row, EPOCH, [])
 
     assert not filled
     assert contents(await raw(redis, row)) == ["a", "b"]
 
 
 async def test_a_watch_that_fills_nothing_leaves_its_connection_clean(
-    make_cache: Callable[..., RedisSessionCache], redis: Redis
+    make_cache: MakeCache, redis: Redis
 ) -> None:
-    cache = make_cache()
+    cache = await make_cache()
     row = await filled_row(cache, "a")
 
     for _ in range(50):
@@ -613,27 +696,563 @@ async def test_a_watch_that_fills_nothing_leaves_its_connection_clean(
     assert await fill(cache, row, [])
 
 
-async def test_removing_what_is_not_there_is_harmless(cache: RedisSessionCache, redis: Redis) -> None:
+async def test_removing_what_is_not_there_is_harmless(cache: Steps, redis: Redis) -> None:
     row = new_row()
 
     assert [await cache.remove(row.session.session_id) for _ in range(2)] == [True, True]
     assert await redis.dbsize() == 0
 
 
+# Marks
+
+
+async def at(cache: Steps, row: Row) -> Entry:
+    """The row's entry, which is there and ours."""
+    entry = await cache.get(row.session.session_id)
+    assert isinstance(entry, Entry)
+    return entry
+
+
+async def test_a_mark_makes_an_entry_dirty_and_changes_nothing_else(cache: Steps) -> None:
+    row = await filled_row(cache, "a")
+    before = await at(cache, row)
+
+    outcome = await cache.mark(committed_append(row, [new_message(), new_message()]))
+
+    after = await at(cache, row)
+    assert outcome == "marked"
+    assert (before.dirty, after.dirty) == (False, True)
+    assert after == replace(before, pending=3, token=TOKEN)
+
+
+async def test_a_publish_makes_the_entry_clean_that_was_marked_for_it(cache: Steps) -> None:
+    committed = committed_append(await filled_row(cache, "a"), [new_message("b")])
+    await cache.mark(committed)
+
+    outcome = await cache.publish(committed)
+
+    entry = await at(cache, committed.after)
+    assert (outcome, entry.dirty) == ("published", False)
+    assert entry.equals(committed.after)
+
+
+async def test_a_publish_leaves_the_entry_dirty_that_was_marked_for_more(cache: Steps) -> None:
+    """The next write has marked already, or one of more messages was rolled back."""
+    first = committed_append(await filled_row(cache, "a"), [new_message("b")])
+    second = committed_append(first.after, [new_message("c")])
+    await cache.mark(first)
+    await cache.mark(second, token=OTHER_TOKEN)
+
+    outcomes = [await cache.publish(first)]
+    between = await at(cache, first.after)
+    outcomes.append(await cache.publish(second))
+
+    assert outcomes == ["published", "published"]
+    assert (between.dirty, between.session.message_count, between.token) == (True, 2, OTHER_TOKEN)
+    assert not (await at(cache, second.after)).dirty
+
+
+@pytest.mark.parametrize(
+    ("epoch", "change"),
+    [
+        (OTHER_EPOCH, {}),
+        (EPOCH, {"chain": b"another!"}),
+        (EPOCH, {"message_count": 0}),
+    ],
+    ids=["another epoch", "another history", "another length"],
+)
+async def test_a_publish_that_does_not_fit_leaves_the_mark(
+    cache: Steps, redis: Redis, epoch: str, change: dict[str, object]
+) -> None:
+    row = await filled_row(cache, "a")
+    await cache.mark(committed_append(row, [new_message("b")]))
+    before = await raw(redis, row)
+    length = change.get("message_count", 1)
+    other = new_row(row.session.session_id, message_count=length, chain=change.get("chain", row.chain))
+
+    outcome = await cache.publish(committed_append(other, [new_message("x")]), epoch)
+
+    assert outcome == "behind"
+    assert await raw(redis, row) == before
+
+
+async def test_a_mark_of_an_absent_key_leaves_nothing_and_aborts_the_fill_under_way(
+    cache: Steps, redis: Redis
+) -> None:
+    row = new_row()
+    async with cache.watch(row.session.session_id) as watch:
+        outcome = await cache.mark(committed_append(row, [new_message()]))
+
+        filled = await watch.fill(row, EPOCH, [])
+
+    assert (outcome, filled) == ("touched", False)
+    assert await redis.dbsize() == 0
+
+
+async def test_a_mark_aborts_the_fill_and_the_stamp_under_way(cache: Steps) -> None:
+    row = await filled_row(cache, "a")
+    async with cache.watch(row.session.session_id) as fills, cache.watch(row.session.session_id) as stamps:
+        await cache.mark(committed_append(row, [new_message("b")]))
+
+        done = [await fills.fill(row, EPOCH, []), await stamps.stamp(EPOCH)]
+
+    assert done == [False, False]
+    assert (await at(cache, row)).dirty
+
+
+async def test_a_mark_of_an_entry_whose_last_publish_was_lost_keeps_it_dirty(cache: Steps) -> None:
+    lost = committed_append(await filled_row(cache, "a"), [new_message("b")])
+    await cache.mark(lost)
+    committed = committed_append(lost.after, [new_message("c")])
+
+    marked, published = await cache.mark(committed), await cache.publish(committed)
+
+    entry = await at(cache, committed.after)
+    assert (marked, published) == ("marked", "behind")
+    assert (entry.dirty, entry.pending, entry.session.message_count) == (True, 3, 1)
+
+
+async def test_an_entry_of_an_older_epoch_that_stands_where_the_row_does_comes_along(cache: Steps) -> None:
+    row = await filled_row(cache, "a")
+    await fill(cache, row, [new_message("a").line(1)], epoch=OTHER_EPOCH)
+    committed = committed_append(row, [new_message("b")])
+
+    marked = await cache.mark(committed)
+    between = await at(cache, row)
+    published = await cache.publish(committed)
+
+    after = await at(cache, committed.after)
+    assert (marked, published) == ("marked", "published")
+    assert (between.epoch, between.dirty) == (EPOCH, True)
+    assert (after.epoch, after.dirty, after.equals(committed.after)) == (EPOCH, False, True)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "seq", "chain"),
+    [
+        (OTHER_EPOCH, 1, bytes(8)),
+        (OTHER_EPOCH, 2, b"another!"),
+        (OTHER_EPOCH, 3, bytes(8)),
+        (EPOCH, 2, b"another!"),
+        (EPOCH, 3, bytes(8)),
+    ],
+    ids=["older behind", "older another history", "older ahead", "another history", "ahead"],
+)
+async def test_a_mark_takes_an_entry_away_that_can_not_be_the_rows(
+    cache: Steps, redis: Redis, epoch: str, seq: int, chain: bytes
+) -> None:
+    lines = [new_message(text).line(at) for at, text in enumerate("abc"[:seq], 1)]
+    entry = new_row(message_count=seq, chain=chain)
+    await fill(cache, entry, lines, epoch=epoch)
+    row = new_row(entry.session.session_id, message_count=2)
+
+    async with cache.watch(row.session.session_id) as watch:
+        outcome = await cache.mark(committed_append(row, [new_message("x")]))
+        filled = await watch.fill(row, EPOCH, [])
+
+    assert (outcome, filled) == ("touched", False)
+    assert await redis.dbsize() == 0
+
+
+@pytest.mark.parametrize("epoch", [EPOCH, OTHER_EPOCH])
+async def test_a_mark_that_arrives_after_its_publish_only_takes_trust_away(
+    cache: Steps, redis: Redis, epoch: str
+) -> None:
+    committed = committed_append(await filled_row(cache, "a"), [new_message("b")])
+    await cache.mark(committed)
+    await cache.publish(committed)
+
+    outcome = await cache.mark(committed, token=OTHER_TOKEN, epoch=epoch)
+
+    assert outcome == "touched"
+    assert await redis.dbsize() == 0
+
+
+async def test_a_mark_of_an_older_epoch_takes_trust_away_too(cache: Steps) -> None:
+    """A writer's whose transaction is long rolled back."""
+    row = await filled_row(cache, "a")
+
+    outcome = await cache.mark(committed_append(row, [new_message()]), epoch=OTHER_EPOCH)
+
+    entry = await at(cache, row)
+    assert (outcome, entry.epoch, entry.dirty) == ("marked", OTHER_EPOCH, True)
+
+
+async def test_no_mark_leaves_a_clean_entry_behind(cache: Steps, redis: Redis) -> None:
+    """Whatever stands there, and whenever the mark arrives."""
+    rng = random.Random(1)
+    session_id = new_row().session.session_id
+    left = set()
+    for _ in range(400):
+        seq, before = rng.randrange(4), rng.randrange(4)
+        entry = new_row(session_id, message_count=seq, chain=rng.choice([bytes(8), b"another!"]))
+        value = encode(
+            entry,
+            epoch=rng.choice([EPOCH, OTHER_EPOCH]),
+            lines=[new_message().line(at) for at in range(1, seq + 1)],
+            pending=rng.randrange(6),
+            token=OTHER_TOKEN,
+        )
+        await redis.set(session_key(session_id), value, ex=100)
+        row = new_row(session_id, message_count=before)
+
+        await cache.mark(committed_append(row, [new_message()] * rng.randint(1, 3)))
+
+        found = await cache.get(session_id)
+        left.add("absent" if found is None else "dirty" if found.dirty else "clean")
+
+    assert left == {"absent", "dirty"}
+
+
+async def test_each_mark_gives_its_token_and_none_makes_pending_less(cache: Steps) -> None:
+    row = await filled_row(cache, "a")
+    one, three = (committed_append(row, [new_message()] * count) for count in (1, 3))
+
+    seen = []
+    for committed, token in ((one, "1"), (one, "2"), (three, "3"), (one, "4")):
+        await cache.mark(committed, token=token * 16)
+        entry = await at(cache, row)
+        seen.append((entry.pending, entry.token[0]))
+
+    assert seen == [(2, "1"), (2, "2"), (4, "3"), (4, "4")]
+
+
+# Skeletons
+
+
+async def test_a_skeleton_is_a_dirty_entry_that_its_own_settling_makes_clean(
+    cache: Steps, redis: Redis
+) -> None:
+    row = new_row()
+    await cache.skeleton(row)
+    life = await redis.pttl(session_key(row.session.session_id))
+    skeleton = await at(cache, row)
+
+    await cache.settle(row)
+
+    settled = await at(cache, row)
+    assert (skeleton.dirty, skeleton.token, skeleton.epoch) == (True, TOKEN, EPOCH)
+    assert skeleton.equals(row)
+    assert 95_000 < life <= 100_000
+    assert settled == replace(skeleton, pending=0, token=TOKEN_ZERO)
+    assert await raw(redis, row) == encode(row, epoch=EPOCH, lines=[])
+
+
+@pytest.mark.parametrize("value", [b"", b"garbage", b'{"session_id":1}'])
+async def test_a_skeleton_replaces_nothing(cache: Steps, redis: Redis, value: bytes) -> None:
+    row = new_row()
+    await redis.set(session_key(row.session.session_id), value, ex=100)
+
+    await cache.skeleton(row)
+
+    assert await raw(redis, row) == value
+
+
+async def test_a_late_skeleton_does_not_hide_what_was_written_meanwhile(cache: Steps, redis: Redis) -> None:
+    row = await filled_row(cache, "a")
+    before = await raw(redis, row)
+
+    await cache.skeleton(new_row(row.session.session_id))
+    await cache.settle(row)
+
+    assert await raw(redis, row) == before
+
+
+async def test_only_its_own_token_settles_a_skeleton(cache: Steps, redis: Redis) -> None:
+    row = new_row()
+    await cache.settle(row)
+    await cache.skeleton(row)
+    before = await raw(redis, row)
+
+    await cache.settle(row, token=OTHER_TOKEN)
+    await cache.settle(row, token=TOKEN_ZERO)
+
+    assert await raw(redis, row) == before
+
+
+async def test_a_late_settling_does_not_clean_what_a_write_has_marked(cache: Steps, redis: Redis) -> None:
+    row = new_row()
+    committed = committed_append(row, [new_message("a")])
+    await cache.skeleton(row)
+    await cache.mark(committed, token=OTHER_TOKEN)
+    marked = await raw(redis, row)
+
+    await cache.settle(row)
+    between = await raw(redis, row)
+    await cache.publish(committed)
+    published = await raw(redis, row)
+    await cache.settle(row)
+
+    assert between == marked
+    assert await raw(redis, row) == published
+    assert contents(published) == ["a"]
+
+
+async def test_no_publish_makes_a_skeleton_clean(cache: Steps) -> None:
+    """One whose SET was carried out late, when the next write had marked the absent key already: what fits the
+    first write's publish is outdated by the second one's commit.
+    """
+    row = new_row()
+    first = committed_append(row, [new_message("a")])
+    second = committed_append(first.after, [new_message("b")])
+    marked = [await cache.mark(first), await cache.mark(second)]
+    await cache.skeleton(row)
+
+    published = await cache.publish(first)
+
+    assert (marked, published) == (["touched", "touched"], "published")
+    assert (await at(cache, first.after)).dirty
+
+
+# Stamps
+
+
+async def test_a_stamp_makes_an_entry_a_clean_one_of_its_epoch(cache: Steps, redis: Redis) -> None:
+    row = await filled_row(cache, "a", "b")
+    await cache.mark(committed_append(row, [new_message()]))
+    before = await at(cache, row)
+    await redis.pexpire(session_key(row.session.session_id), 5000)
+
+    async with cache.watch(row.session.session_id) as watch:
+        stamped = await watch.stamp(OTHER_EPOCH)
+
+    life = await redis.pttl(session_key(row.session.session_id))
+    after = await at(cache, row)
+    assert (stamped, life > 95_000) == (True, True)
+    assert after == replace(before, epoch=OTHER_EPOCH, pending=0)
+    assert not after.dirty
+
+
+async def test_a_stamp_that_lost_is_refused(cache: Steps, redis: Redis) -> None:
+    """To a write, to a delete, to a fill, to another stamp."""
+    row = await filled_row(cache, "a")
+    committed = committed_append(row, [new_message("b")])
+
+    async def stamp_elsewhere() -> None:
+        async with cache.watch(row.session.session_id) as other:
+            await other.stamp(EPOCH)
+
+    stamped = []
+    for step in (
+        lambda: cache.mark(committed),
+        lambda: cache.publish(committed),
+        stamp_elsewhere,
+        lambda: fill(cache, row, []),
+        lambda: cache.remove(row.session.session_id),
+    ):
+        async with cache.watch(row.session.session_id) as watch:
+            await step()
+            left = await redis.get(session_key(row.session.session_id))
+            stamped.append(await watch.stamp(OTHER_EPOCH))
+            assert await redis.get(session_key(row.session.session_id)) == left
+
+    assert stamped == [False] * 5
+
+
+async def test_a_touch_and_a_drop_are_refused_where_somebody_was_there_before(
+    cache: Steps, redis: Redis
+) -> None:
+    """Adoption's: what was read must still stand there when it is said to be PostgreSQL's."""
+    row = new_row(owner="redis")
+    key = session_key(row.session.session_id)
+    value, newer = (encode(row, epoch=epoch, lines=[]) for epoch in (EPOCH, OTHER_EPOCH))
+
+    done = []
+    for name in ("touch", "drop"):
+        await redis.set(key, value, px=5000)
+        async with cache.watch(row.session.session_id) as lost:
+            await redis.set(key, newer, px=5000)
+            done.append(await getattr(lost, name)())
+        async with cache.watch(row.session.session_id) as won:
+            done.append(await getattr(won, name)())
+        done.append(await redis.pttl(key) > 95_000)
+
+    assert done == [False, True, True, False, True, False]
+    assert await redis.exists(key) == 0
+
+
+# Which Redis it is
+
+
+async def test_the_identity_is_the_servers_run_and_its_history(cache: Steps, redis: Redis) -> None:
+    server, replication = await redis.info("server"), await redis.info("replication")
+
+    assert await cache.cache.probe() == f"{server['run_id']}/{replication['master_replid']}"
+
+
+async def test_every_step_refuses_a_redis_that_is_not_the_epochs(cache: Steps, redis: Redis) -> None:
+    moved = Steps(cache.cache, state_of("another/one"))
+    row = new_row()
+    committed = committed_append(row, [new_message()])
+
+    async def watched() -> None:
+        async with moved.watch(row.session.session_id) as watch:
+            await watch.fill(row, EPOCH, [])
+
+    for step in (
+        lambda: moved.get(row.session.session_id),
+        lambda: moved.mark(committed),
+        lambda: moved.publish(committed),
+        lambda: moved.skeleton(row),
+        lambda: moved.settle(row),
+        lambda: moved.remove(row.session.session_id),
+        watched,
+    ):
+        with pytest.raises(CacheMoved) as raised:
+            await step()
+        assert raised.value.identity == cache.state.redis_identity
+
+    assert await redis.dbsize() == 0
+    assert await cache.get(row.session.session_id) is None
+
+
+async def test_where_no_redis_is_known_none_is_asked(cache: Steps) -> None:
+    nowhere = Steps(cache.cache, state_of(None))
+
+    with pytest.raises(CacheMoved) as raised:
+        await nowhere.get(new_row().session.session_id)
+
+    assert raised.value.identity is None
+
+
+@pytest.fixture
+async def private(private_url: str) -> AsyncIterator[Redis]:
+    """The private server, empty and a primary before and after."""
+    async with Redis.from_url(private_url, db=1) as redis:
+        await redis.flushall()
+        yield redis
+        await redis.slaveof()
+
+
+async def replicate_nobody(redis: Redis) -> None:
+    """It serves what it has, as a replica whose primary is away."""
+    await redis.slaveof("127.0.0.1", 1)
+
+
+async def test_a_replica_is_nobodys_redis(make_cache: MakeCache, private: Redis, private_url: str) -> None:
+    cache = await make_cache(url=private_url)
+    row = await filled_row(cache, "a")
+    fresh = await make_cache(url=private_url)
+    await replicate_nobody(private)
+
+    with pytest.raises(CacheMoved) as probed:
+        await cache.cache.probe()
+    with pytest.raises(CacheMoved) as connected:
+        await fresh.get(row.session.session_id)
+
+    assert (probed.value.identity, connected.value.identity) == (None, None)
+
+
+async def test_a_replica_does_not_answer_from_the_past_on_a_socket_that_it_had_as_a_primary(
+    make_cache: MakeCache, private: Redis, private_url: str
+) -> None:
+    cache = await make_cache(url=private_url)
+    row = await filled_row(cache, "a")
+    await replicate_nobody(private)
+
+    with pytest.raises(CacheOutage):
+        await cache.get(row.session.session_id)
+    with pytest.raises(CacheOutage):
+        await cache.mark(committed_append(row, [new_message()]))
+
+
+async def test_a_primary_that_was_a_replica_for_a_while_is_another_one(
+    make_cache: MakeCache, private: Redis, private_url: str
+) -> None:
+    """Its run is the same, and so may its sockets be: its data need not."""
+    cache = await make_cache(url=private_url)
+    run_id = (await private.info("server"))["run_id"]
+    await replicate_nobody(private)
+    await private.slaveof()
+
+    identity = await cache.cache.probe()
+
+    assert identity != cache.state.redis_identity
+    assert identity.startswith(f"{run_id}/")
+    fresh = await make_cache(url=private_url)
+    with pytest.raises(CacheMoved) as raised:
+        await Steps(fresh.cache, cache.state).get(new_row().session.session_id)
+    assert raised.value.identity == identity
+
+
+async def connections(redis: Redis) -> list[str]:
+    return [one["id"] for one in await redis.client_list() if one["name"] == "chat-sessions"]
+
+
+async def test_a_probe_is_asked_on_a_connection_of_its_own_that_it_closes(
+    make_cache: MakeCache, private: Redis, private_url: str
+) -> None:
+    cache = await make_cache(url=private_url)
+
+    async def closed() -> bool:
+        return await connections(private) == []
+
+    await until(closed)
+    received = (await private.info("stats"))["total_connections_received"]
+    for _ in range(3):
+        await cache.cache.probe()
+
+    assert (await private.info("stats"))["total_connections_received"] == received + 3
+    await until(closed)
+
+
+async def test_a_cache_keeps_the_connections_to_two_redises_and_closes_those_to_older_ones(
+    make_cache: MakeCache, private: Redis, private_url: str
+) -> None:
+    cache = await make_cache(url=private_url)
+    session_id = new_row().session.session_id
+    await cache.get(session_id)
+    opened = await connections(private)
+
+    async def meet(identity: str) -> None:
+        with pytest.raises(CacheMoved):
+            await Steps(cache.cache, state_of(identity)).get(session_id)
+
+    await meet("the/second")
+    await cache.get(session_id)
+    kept = await connections(private)
+    await meet("the/third")
+
+    async def closed() -> bool:
+        return await connections(private) == []
+
+    await until(closed)
+    assert len(opened) == 1
+    assert kept == opened
+    assert await cache.get(session_id) is None
+
+
+async def test_a_server_that_is_not_there_is_an_outage() -> None:
+    cache = RedisSessionCache(
+        "redis://127.0.0.1:1",
+        database=1,
+        timeout_seconds=1,
+        ttl_seconds=1,
+        messages_max=1,
+        bytes_max=1,
+    )
+
+    with pytest.raises(CacheOutage):
+        await cache.probe()
+
+    assert (await cache.health()).status == "warn"
+    await cache.close()
+
+
 # Memory, scripts, databases
 
 
 async def test_a_cache_without_memory_is_out_and_keeps_its_entries_whole(
-    make_cache: Callable[..., RedisSessionCache], private_url: str, full: Callable[[], Awaitable[None]]
+    make_cache: MakeCache, private_url: str, full: Callable[[], Awaitable[None]]
 ) -> None:
-    cache = make_cache(url=private_url, messages_max=2)
+    cache = await make_cache(url=private_url, messages_max=2)
     row = await filled_row(cache, "a", "b")
     async with Redis.from_url(private_url, db=1) as redis:
         before = await raw(redis, row)
         await full()
 
         with pytest.raises(CacheOutage):
-            await publish(cache, committed_append(row, [new_message("c" * 5000)]))
+            await cache.publish(committed_append(row, [new_message("c" * 5000)]))
         with pytest.raises(CacheOutage):
             await fill(cache, row, [])
 
@@ -644,9 +1263,9 @@ async def test_a_cache_without_memory_is_out_and_keeps_its_entries_whole(
 
 
 async def test_a_cache_without_memory_still_removes(
-    make_cache: Callable[..., RedisSessionCache], private_url: str, full: Callable[[], Awaitable[None]]
+    make_cache: MakeCache, private_url: str, full: Callable[[], Awaitable[None]]
 ) -> None:
-    cache = make_cache(url=private_url)
+    cache = await make_cache(url=private_url)
     row, absent = await filled_row(cache, "a"), new_row()
     async with cache.watch(absent.session.session_id) as watch:
         await full()
@@ -654,10 +1273,28 @@ async def test_a_cache_without_memory_still_removes(
         removed = [await cache.remove(one.session.session_id) for one in (row, absent)]
         async with Redis.from_url(private_url, db=1) as redis:
             await redis.config_set("maxmemory", 0)
-            filled = await watch.fill(absent, EPOCH_ZERO, [])
+            filled = await watch.fill(absent, EPOCH, [])
             left = await redis.dbsize()
 
     assert (removed, filled, left) == ([True, True], False, 0)
+
+
+async def test_a_cache_without_memory_still_marks(
+    make_cache: MakeCache, private_url: str, full: Callable[[], Awaitable[None]]
+) -> None:
+    """Or each write would cost an epoch, and the wait that goes with it."""
+    cache = await make_cache(url=private_url)
+    row, absent = await filled_row(cache, "a"), new_row()
+    async with cache.watch(absent.session.session_id) as watch:
+        await full()
+
+        outcomes = [await cache.mark(committed_append(one, [new_message()])) for one in (row, absent)]
+        async with Redis.from_url(private_url, db=1) as redis:
+            await redis.config_set("maxmemory", 0)
+            filled = await watch.fill(absent, EPOCH, [])
+
+    assert (outcomes, filled) == (["marked", "touched"], False)
+    assert (await at(cache, row)).dirty
 
 
 async def test_redis_alone_without_memory_refuses_writes_whole(
@@ -689,21 +1326,19 @@ async def test_redis_alone_without_memory_refuses_writes_whole(
     await store.close()
 
 
-async def test_a_server_that_forgot_the_scripts_is_given_them_again(
-    cache: RedisSessionCache, redis: Redis
-) -> None:
+async def test_a_server_that_forgot_the_scripts_is_given_them_again(cache: Steps, redis: Redis) -> None:
     row = await filled_row(cache, "a")
 
     await redis.script_flush()
     committed = committed_append(row, [new_message("b")])
-    published = await publish(cache, committed)
+    published = await cache.publish(committed)
     await redis.script_flush()
     removed = await cache.remove(row.session.session_id)
 
     assert (published, removed) == ("published", True)
 
 
-async def test_steps_of_many_sessions_at_once_do_not_meet(cache: RedisSessionCache) -> None:
+async def test_steps_of_many_sessions_at_once_do_not_meet(cache: Steps) -> None:
     rows = await asyncio.gather(*(filled_row(cache, f"{at}") for at in range(60)))
 
     entries = await asyncio.gather(*(cache.get(row.session.session_id) for row in rows))
@@ -714,13 +1349,13 @@ async def test_steps_of_many_sessions_at_once_do_not_meet(cache: RedisSessionCac
 
 
 async def test_a_server_error_about_one_key_is_not_an_outage_for_the_others(
-    cache: RedisSessionCache, redis: Redis
+    cache: Steps, redis: Redis
 ) -> None:
     row, listed = await filled_row(cache, "a"), new_row()
     await redis.lpush(session_key(listed.session.session_id), "a")
 
     await cache.get(listed.session.session_id)
-    await publish(cache, committed_append(listed, [new_message()]))
+    await cache.publish(committed_append(listed, [new_message()]))
 
     assert isinstance(await cache.get(row.session.session_id), Entry)
 

@@ -29,7 +29,7 @@ CLOSED_PORT = "postgresql://chat:secret@127.0.0.1:1/chat"
 async def recorded(database):
     """A question and three answers at noon of 2026-03-10, and a question late on the 11th."""
     store = PostgresChatSessionStore(database, ttl_seconds=3600)
-    session = (await store.create("an")).session
+    session = (await store.create_session("an")).session
     first, second = datetime(2026, 3, 10, 12, tzinfo=UTC), datetime(2026, 3, 11, 23, 30, tzinfo=UTC)
     answers = [
         new_message("Có.", role="assistant", created_at=first, metadata=metadata)

@@ -34,7 +34,7 @@ def store(database: Database) -> PostgresChatSessionStore:
 
 async def record(store: PostgresChatSessionStore, *messages: NewMessage, user_id: str = "an") -> UUID:
     """A session with these messages."""
-    session = (await store.create(user_id)).session
+    session = (await store.create_session(user_id)).session
     await store.append(Append(session_id=session.session_id, messages=messages))
     return session.session_id
 
@@ -42,7 +42,7 @@ async def record(store: PostgresChatSessionStore, *messages: NewMessage, user_id
 async def create_at(store: PostgresChatSessionStore, database: Database, *moments: datetime) -> None:
     """Sessions that were created then."""
     for moment in moments:
-        session = (await store.create("an")).session
+        session = (await store.create_session("an")).session
         async with database.connection() as conn:
             await conn.execute(
                 "UPDATE chat.chat_sessions SET created_at = $2 WHERE session_id = $1",

@@ -6,13 +6,15 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from app.chat import utc_now
+from app import __version__
+from app.chat import new_uuid, utc_now
 from app.errors import StartRefused
+from app.postgres.cache_state import GONE_AFTER_SECONDS
 from app.postgres.partitions import MONTHS_AHEAD, existing_partitions, months_from, partition_name
-from app.store import Append
 from app.wiring import open_runtime
+from tests.contract.suite import new_session, texts
 from tests.databases import empty, migrate, new_database
-from tests.factories import new_message
+from tests.factories import new_append
 
 pytestmark = pytest.mark.anyio
 
@@ -41,16 +43,65 @@ async def set_state(database, **columns):
 
 async def state_row(database):
     async with database.connection() as conn:
-        return await conn.fetchrow("SELECT mode, protocol FROM chat.cache_state")
+        return await conn.fetchrow("SELECT * FROM chat.cache_state")
 
 
 async def mode_row(database):
     return (await state_row(database) or {}).get("mode")
 
 
+async def epoch_row(database):
+    return (await state_row(database))["epoch"]
+
+
+async def instances(database):
+    async with database.connection() as conn:
+        return await conn.fetch("SELECT instance_id, version, protocol FROM chat.instances")
+
+
+async def note_instance(database, *, seconds_ago):
+    """As a process that was killed leaves it."""
+    async with database.connection() as conn:
+        await conn.execute(
+            "INSERT INTO chat.instances VALUES ($1, '0', 1, now(), clock_timestamp() - make_interval(secs => $2))",
+            new_uuid(),
+            seconds_ago,
+        )
+
+
+@pytest.fixture
+async def memory(redis):
+    """Sets how Redis deals with memory, and puts back what it was."""
+    before = await redis.config_get("maxmemory*")
+
+    async def set_memory(**values):
+        for name, value in values.items():
+            await redis.config_set(name.replace("_", "-"), value)
+
+    yield set_memory
+    for name in ("maxmemory", "maxmemory-policy"):
+        await redis.config_set(name, before[name])
+
+
+@pytest.fixture
+async def evicts_nothing(memory):
+    """A Redis that may become the only truth."""
+    await memory(maxmemory_policy="noeviction")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """A start that others stand against asks twice within a second, not for as long as a crashed one looks alive."""
+    monkeypatch.setattr("app.maintenance.modes.GONE_AFTER_SECONDS", 0)
+
+
+def opened(settings, **overrides):
+    return open_runtime(settings.model_copy(update=overrides))
+
+
 async def served_mode(settings, **overrides):
     """Starts and ends; the mode that was served in between."""
-    async with open_runtime(settings.model_copy(update=overrides)) as runtime:
+    async with opened(settings, **overrides) as runtime:
         return runtime.mode
 
 
@@ -93,38 +144,118 @@ async def test_a_flag_that_agrees_with_the_database_starts(settings, fresh):
     assert await served_mode(settings, redis_only_mode=False) == "hybrid"
 
 
+async def test_the_only_instance_changes_the_mode_as_it_starts_and_back_and_loses_nothing(
+    settings, fresh, evicts_nothing
+):
+    async with opened(settings) as runtime:
+        first = await new_session(runtime.store, "a")
+        assert runtime.mode == "hybrid"
+
+    async with opened(settings, redis_only_mode=True) as runtime:
+        assert (runtime.mode, await mode_row(fresh)) == ("redis-only", "redis-only")
+        assert await texts(runtime.store, first) == ["a"]
+        await runtime.store.append(new_append(first, "b"))
+        second = await new_session(runtime.store, "c")
+
+    async with opened(settings, redis_only_mode=False) as runtime:
+        # PostgreSQL takes over what is left while this one serves.
+        assert runtime.mode in {"draining", "hybrid"}
+        assert await texts(runtime.store, first) == ["a", "b"]
+        assert await texts(runtime.store, second) == ["c"]
+        assert await texts(runtime.stores.durable, first) == ["a", "b"]
+        assert await texts(runtime.stores.durable, second) == ["c"]
+
+
 @pytest.mark.parametrize(
-    ("seed", "flag", "message"),
+    ("seed", "flag", "message", "hint"),
     [
-        (False, True, "REDIS_ONLY_MODE=true asks for mode redis-only, but this database is in mode hybrid"),
-        (True, False, "REDIS_ONLY_MODE=false asks for mode hybrid, but this database is in mode redis-only"),
+        (
+            False,
+            True,
+            "REDIS_ONLY_MODE=true asks for another mode than hybrid, and other instances are serving this database",
+            "run `chat-sessions mode redis-only`: it changes the mode of all",
+        ),
+        (
+            True,
+            False,
+            "REDIS_ONLY_MODE=false asks for another mode than redis-only, and other instances are serving this database",
+            "run `chat-sessions mode hybrid`: it changes the mode of all",
+        ),
     ],
 )
-async def test_a_flag_that_disagrees_with_the_database_is_refused(settings, fresh, seed, flag, message):
-    await served_mode(settings, redis_only_mode=seed)
-    before = await mode_row(fresh)
+async def test_a_flag_that_disagrees_with_what_others_serve_is_refused_with_the_command_to_run(
+    settings, fresh, impatient, seed, flag, message, hint
+):
+    async with opened(settings, redis_only_mode=seed) as runtime:
+        mode = runtime.mode
 
-    assert (await refused(settings, redis_only_mode=flag)).startswith(message)
+        assert await refused(settings, redis_only_mode=flag) == f"{message} ({hint})"
 
-    assert await mode_row(fresh) == before
-
-
-@pytest.mark.parametrize("flag", [None, True, False])
-async def test_a_database_that_is_draining_is_refused_whatever_the_flag(settings, database, flag):
-    await set_state(database, mode="draining")
-
-    message = await refused(settings, redis_only_mode=flag)
-
-    assert message.startswith("this database is in mode draining")
-    assert "REDIS_ONLY_MODE" not in message
+        assert (runtime.mode, await mode_row(fresh)) == (mode, mode)
+        assert len(await instances(fresh)) == 1
 
 
-async def test_a_database_of_another_protocol_is_refused(settings, database):
-    await set_state(database, protocol=7)
+async def test_a_redis_that_evicts_sessions_does_not_become_the_only_truth_by_a_flag(settings, fresh, memory):
+    await memory(maxmemory="1gb", maxmemory_policy="volatile-ttl")
+    await served_mode(settings)
+
+    message = await refused(settings, redis_only_mode=True)
+
+    assert message.startswith("REDIS_ONLY_MODE=true: maxmemory-policy is volatile-ttl: ")
+    assert "--accept-eviction" in message
+    assert await mode_row(fresh) == "hybrid"
+
+
+async def test_an_instance_that_was_killed_a_moment_ago_is_waited_for_and_then_counts_as_gone(
+    settings, fresh, evicts_nothing
+):
+    await served_mode(settings)
+    await note_instance(fresh, seconds_ago=GONE_AFTER_SECONDS - 1)
+
+    assert await served_mode(settings, redis_only_mode=True) == "redis-only"
+
+
+@pytest.mark.parametrize("flag", [None, False])
+async def test_a_database_that_is_draining_is_served_and_drained(settings, fresh, flag):
+    async with opened(settings, redis_only_mode=True) as runtime:
+        session_id = await new_session(runtime.store, "a")
+    await set_state(fresh, mode="draining")
+
+    async with opened(settings, redis_only_mode=flag) as runtime:
+        assert runtime.mode in {"draining", "hybrid"}
+        assert await texts(runtime.store, session_id) == ["a"]
+        assert await texts(runtime.stores.durable, session_id) == ["a"]
+
+
+async def test_a_database_that_is_draining_is_not_turned_round_by_a_flag(settings, fresh, evicts_nothing):
+    await served_mode(settings)
+    await set_state(fresh, mode="draining")
+
+    message = await refused(settings, redis_only_mode=True)
+
+    assert message.startswith("REDIS_ONLY_MODE=true, but PostgreSQL is still taking sessions over from Redis")
+    assert "chat-sessions mode redis-only" in message
+    assert await mode_row(fresh) == "draining"
+
+
+async def test_a_newer_protocol_is_refused(settings, fresh):
+    await served_mode(settings)
+    await set_state(fresh, protocol=7)
 
     message = await refused(settings)
 
-    assert message.startswith("the database is served by coherence protocol 7, this version speaks 0")
+    assert message.startswith("the database is served by coherence protocol 7, this version speaks 1")
+    assert (await state_row(fresh))["protocol"] == 7
+
+
+async def test_an_older_protocol_is_taken_over(settings, fresh):
+    await served_mode(settings)
+    await set_state(fresh, protocol=0, cache="on", redis_identity=None)
+
+    async with opened(settings) as runtime:
+        assert runtime.stores.lease.current() is not None
+
+    assert (await state_row(fresh))["protocol"] == 1
 
 
 async def test_without_redis_sessions_postgresql_serves_alone_and_the_database_stays_hybrid(settings, fresh):
@@ -133,20 +264,21 @@ async def test_without_redis_sessions_postgresql_serves_alone_and_the_database_s
     assert await mode_row(fresh) == "hybrid"
 
 
-async def test_without_redis_sessions_a_redis_only_database_is_refused(settings, fresh):
-    await served_mode(settings, redis_only_mode=True)
+@pytest.mark.parametrize("mode", ["redis-only", "draining"])
+async def test_without_redis_sessions_a_database_that_needs_redis_is_refused(settings, fresh, mode):
+    await served_mode(settings)
+    await set_state(fresh, mode=mode)
 
     message = await refused(settings, enable_redis_sessions=False, redis_url=None)
 
     assert message == (
-        "ENABLE_REDIS_SESSIONS=false, but this database is in mode redis-only (set ENABLE_REDIS_SESSIONS=true)"
+        f"ENABLE_REDIS_SESSIONS=false, but this database is in mode {mode} (set ENABLE_REDIS_SESSIONS=true)"
     )
+    assert await mode_row(fresh) == mode
 
 
 async def test_redis_only_without_a_database_opens_none(settings):
-    async with open_runtime(
-        settings.model_copy(update={"database_url": None, "redis_only_mode": True})
-    ) as runtime:
+    async with opened(settings, database_url=None, redis_only_mode=True) as runtime:
         assert (runtime.mode, runtime.database) == ("redis-only", None)
         assert await health_of(runtime) == {"redis": "pass"}
 
@@ -158,15 +290,92 @@ async def test_a_store_without_a_url_is_refused_and_named(settings, name):
     assert message.startswith(f"{name.upper()} is not set (export {name.upper()}=")
 
 
-async def test_starts_at_once_agree_on_the_mode_of_a_fresh_database(settings, fresh):
+async def test_starts_at_once_agree_on_the_mode_of_a_fresh_database(
+    settings, fresh, impatient, evicts_nothing
+):
+    """Whoever is alone when he looks may still change it: then it is changed for all."""
+    tried = asyncio.Barrier(6)
+
     async def start(flag):
-        return await served_mode(settings, redis_only_mode=flag)
+        try:
+            async with opened(settings, redis_only_mode=flag) as runtime:
+                await tried.wait()
+                return runtime.mode == "redis-only"
+        except StartRefused:
+            await tried.wait()
+            return None
+        except BaseException:
+            await tried.abort()
+            raise
 
-    results = await asyncio.gather(*map(start, (True, False) * 3), return_exceptions=True)
+    results = await asyncio.gather(*map(start, (True, False) * 3))
 
-    mode = await mode_row(fresh)
-    assert sorted(map(type, results), key=str) == sorted([str] * 3 + [StartRefused] * 3, key=str)
-    assert {one for one in results if isinstance(one, str)} == {mode}
+    assert set(results) - {None} == {await mode_row(fresh) == "redis-only"}
+
+
+# The epoch
+
+
+async def test_the_redis_of_the_first_start_is_trusted_at_once(settings, fresh):
+    async with opened(settings) as runtime:
+        session_id = await new_session(runtime.store, "a")
+        history = await runtime.store.read_history(session_id, max_messages=10)
+        counts = runtime.stores.counts
+        assert (history.source, counts.cache_hits, counts.cache_fills, counts.writes_held) == (
+            "redis",
+            1,
+            0,
+            0,
+        )
+
+
+async def test_cache_verify_always_trusts_no_lease(settings, fresh):
+    async with opened(settings, cache_verify="always") as runtime:
+        session_id = await new_session(runtime.store, "a")
+        history = await runtime.store.read_history(session_id, max_messages=10)
+
+        assert (history.source, runtime.stores.counts.cache_hits) == ("redis", 0)
+
+
+async def test_a_start_beside_nobody_begins_an_epoch_and_one_beside_others_joins_theirs(settings, fresh):
+    """Alone: PostgreSQL may have been restored from a backup since anybody served it."""
+    await served_mode(settings)
+    before = await epoch_row(fresh)
+
+    async with opened(settings) as runtime:
+        alone = await epoch_row(fresh)
+        async with opened(settings) as second:
+            assert second.stores.lease.state.epoch == alone == runtime.stores.lease.state.epoch
+        assert await epoch_row(fresh) == alone
+
+    assert alone != before
+
+
+async def test_starts_at_once_beside_nobody_begin_an_epoch(settings, fresh):
+    await served_mode(settings)
+    before = await epoch_row(fresh)
+
+    async with AsyncExitStack() as stack:
+        await asyncio.gather(*(stack.enter_async_context(opened(settings)) for _ in range(3)))
+        assert await epoch_row(fresh) != before
+
+
+async def test_the_lease_does_not_end_when_requests_have_taken_every_connection(settings, fresh):
+    async with opened(settings, database_pool_size=1) as runtime:
+        lease = runtime.stores.lease
+        async with runtime.database.connection():
+            deadline = lease.now() + 1.5 * lease.seconds
+            while lease.now() < deadline:
+                await asyncio.sleep(0.05)
+                assert lease.current() is not None
+
+
+async def test_an_instance_is_listed_while_it_serves(settings, fresh):
+    async with opened(settings), opened(settings):
+        listed = await instances(fresh)
+
+    assert [(one["version"], one["protocol"]) for one in listed] == [(__version__, 1)] * 2
+    assert await instances(fresh) == []
 
 
 # The schema
@@ -181,7 +390,7 @@ async def test_an_unmigrated_database_is_refused_with_the_command_to_run(setting
 
 async def test_a_database_of_another_version_is_refused_with_the_command_to_run(settings, unmigrated_url):
     await migrate(unmigrated_url)
-    async with open_runtime(settings.model_copy(update={"database_url": unmigrated_url})) as runtime:
+    async with opened(settings, database_url=unmigrated_url) as runtime:
         async with runtime.database.connection() as conn:
             await conn.execute("UPDATE chat.alembic_version SET version_num = '9999'")
         assert await health_of(runtime) == {"postgres": "fail", "redis": "pass"}
@@ -223,9 +432,8 @@ async def test_a_database_that_does_not_exist_is_refused_with_a_hint(settings, d
 
 
 async def test_redis_that_is_out_at_the_start_is_no_reason_not_to_serve(settings):
-    async with open_runtime(settings.model_copy(update={"redis_url": f"redis://{CLOSED_PORT}"})) as runtime:
-        session_id = (await runtime.store.create_session("an")).session.session_id
-        await runtime.store.append(Append(session_id=session_id, messages=(new_message("Xin chào"),)))
+    async with opened(settings, redis_url=f"redis://{CLOSED_PORT}") as runtime:
+        session_id = await new_session(runtime.store, "Xin chào")
         history = await runtime.store.read_history(session_id, max_messages=10)
         health = await health_of(runtime)
 
@@ -259,7 +467,7 @@ async def connections_left(database, redis):
 async def test_an_end_leaves_no_connection_and_no_task(settings, fresh, redis, redis_only_mode):
     tasks = asyncio.all_tasks()
 
-    async with open_runtime(settings.model_copy(update={"redis_only_mode": redis_only_mode})) as runtime:
+    async with opened(settings, redis_only_mode=redis_only_mode) as runtime:
         await asyncio.gather(*(runtime.store.create_session("an") for _ in range(3)))
         while_open = await connections(fresh, redis)
         tasks_while_open = asyncio.all_tasks()

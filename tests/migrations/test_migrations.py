@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,16 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
+from redis.asyncio import Redis
 from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app.chat import LEGACY_MONTH, new_uuid, session_month
+from app.coherence.ports import EPOCH_ZERO, PROTOCOL, Entry, Mode, Row
+from app.errors import DurableStoreUnavailable, StartRefused
 from app.postgres import statements
+from app.postgres.cache_state import PostgresStateKeeper, claim_state
 from app.postgres.engine import Database, create_engine, sqlalchemy_url
 from app.postgres.partitions import (
     existing_partitions,
@@ -33,13 +38,16 @@ from app.postgres.partitions import (
     next_month,
     partition_name,
 )
-from app.postgres.schema import PROJECT, REVISION, claim_state, current_revision
+from app.postgres.schema import PROJECT, REVISION, current_revision
 from app.postgres.store import PostgresChatSessionStore
 from app.postgres.tables import metadata
+from app.redis_sessions.codec import encode
+from app.redis_sessions.keys import session_key
 from tests.contract.suite import new_session, texts
-from tests.databases import migrate, new_database
+from tests.databases import forget_state, migrate, new_database
 from tests.factories import new_append
 from tests.servers import Servers
+from tests.stores import new_hybrid
 
 pytestmark = pytest.mark.anyio
 
@@ -64,6 +72,7 @@ async def own_url(servers: Servers, anyio_backend: str) -> AsyncIterator[str]:
 @pytest.fixture
 async def own(own_url: str) -> AsyncIterator[Database]:
     database = Database(create_engine(own_url, application_name="tests"))
+    await forget_state(database)
     await claim_state(database, redis_only=None)
     yield database
     await database.close()
@@ -205,6 +214,65 @@ async def test_an_upgrade_keeps_the_rows_that_are_there(
     assert await texts(store, session_id) == ["a", "b"]
 
 
+ROWS = {
+    "sessions": "SELECT * FROM chat.chat_sessions",
+    "messages": "SELECT * FROM chat.chat_messages",
+    "turns": "SELECT * FROM chat.chat_turns",
+    "state": "SELECT mode, cache, redis_identity FROM chat.cache_state",
+}
+
+#: A database as processes of protocol 0 left it, at revision 0001.
+OF_PROTOCOL_0 = """
+INSERT INTO chat.chat_sessions (session_id, user_id, created_at, last_activity, message_count, chain, owner, metadata)
+VALUES ('01890000-0000-4000-8000-000000000001', 'an', '2026-03-10 12:00Z', '2026-03-10 12:01Z', 1, '\\x0102030405060708',
+        'postgres', '{"a":1e+16}'),
+       ('01890000-0000-4000-8000-000000000002', 'bình', '2026-03-10 12:00Z', '2026-03-10 12:00Z', 0, DEFAULT,
+        'redis', '{}');
+INSERT INTO chat.chat_messages (session_id, session_month, seq, message_id, role, content, created_at)
+VALUES ('01890000-0000-4000-8000-000000000001', '0001-01-01', 1, gen_random_uuid(), 'user', 'Xin chào', now());
+INSERT INTO chat.chat_turns VALUES ('01890000-0000-4000-8000-000000000001', gen_random_uuid(), gen_random_uuid(), now());
+INSERT INTO chat.cache_state (protocol, epoch, mode, cache) VALUES (0, '00000000000000aa', 'redis-only', 'on')
+"""
+
+
+async def rows(conn: asyncpg.Connection) -> dict[str, list[tuple[object, ...]]]:
+    return {name: [tuple(one) for one in await conn.fetch(query)] for name, query in ROWS.items()}
+
+
+async def test_every_row_survives_0002_its_downgrade_and_0002_again(empty_url: str) -> None:
+    await migrate(empty_url, "0001")
+    conn = await asyncpg.connect(empty_url)
+    await conn.execute(OF_PROTOCOL_0)
+    before, relations = await rows(conn), await everything(empty_url)
+
+    seen = []
+    for step, revision in ((migrate, "0002"), (downgrade, "0001"), (migrate, "0002")):
+        await step(empty_url, revision)
+        await conn.reload_schema_state()
+        seen.append((await rows(conn), await everything(empty_url)))
+
+    assert seen == [(before, relations)] * 3
+    assert [len(found) for found in before.values()] == [2, 1, 1, 1]
+    assert await conn.fetchval("SELECT settled FROM chat.cache_state")
+    await conn.close()
+
+
+async def test_a_downgrade_to_0001_lets_processes_of_protocol_0_serve_again(empty_url: str) -> None:
+    """They refuse another protocol, and nobody of a later one can use a row without `settled`."""
+    await migrate(empty_url)
+    database = Database(create_engine(empty_url, application_name="tests"))
+    claimed = await claim_state(database, redis_only=None, redis_identity="a/b")
+    await database.close()
+
+    await downgrade(empty_url, "0001")
+
+    conn = await asyncpg.connect(empty_url)
+    state = await conn.fetchrow("SELECT protocol, epoch, mode FROM chat.cache_state")
+    await conn.close()
+    assert (state["protocol"], state["mode"]) == (0, "hybrid")
+    assert state["epoch"] != claimed.epoch
+
+
 async def test_a_database_without_the_schema_has_no_revision(empty_url: str) -> None:
     database = Database(create_engine(empty_url, application_name="tests"))
 
@@ -257,6 +325,184 @@ async def test_a_migration_does_not_wait_long_for_a_lock(empty_url: str) -> None
     assert time.monotonic() - began < 15
     await conn.close()
     assert "chat.chat_sessions" in await everything(empty_url)
+
+
+# The state, claimed by the first start
+
+
+async def set_state(database: Database, **columns: object) -> None:
+    async with database.connection() as conn:
+        for name, value in columns.items():
+            await conn.execute(f"UPDATE chat.cache_state SET {name} = $1", value)
+
+
+async def state_rows(database: Database) -> list[tuple[object, ...]]:
+    async with database.connection() as conn:
+        return [tuple(record) for record in await conn.fetch("SELECT * FROM chat.cache_state")]
+
+
+@pytest.fixture
+async def unclaimed(own: Database) -> Database:
+    await forget_state(own)
+    return own
+
+
+@pytest.mark.parametrize(
+    ("redis_only", "identity", "mode", "cache", "trusting"),
+    [
+        (None, "a/b", "hybrid", "on", True),
+        (False, "a/b", "hybrid", "on", True),
+        (True, "a/b", "redis-only", "on", False),
+        (None, None, "hybrid", "off", False),
+        (True, None, "redis-only", "off", False),
+    ],
+)
+async def test_the_first_start_seeds_the_state(
+    unclaimed: Database, redis_only: bool | None, identity: str | None, mode: Mode, cache: str, trusting: bool
+) -> None:
+    """A Redis that answers is trusted at once: nobody has written before, so no writer need wait."""
+    state = await claim_state(unclaimed, redis_only=redis_only, redis_identity=identity)
+
+    assert (state.protocol, state.mode, state.cache, state.redis_identity) == (
+        PROTOCOL,
+        mode,
+        cache,
+        identity,
+    )
+    assert (state.settled, state.trusting) == (True, trusting)
+    assert re.fullmatch("[0-9a-f]{16}", state.epoch)
+    assert state.epoch != EPOCH_ZERO
+
+
+async def test_a_later_start_changes_nothing(unclaimed: Database) -> None:
+    first = await claim_state(unclaimed, redis_only=None, redis_identity="a/b")
+
+    for redis_only, identity in ((True, "c/d"), (False, None)):
+        assert await claim_state(unclaimed, redis_only=redis_only, redis_identity=identity) == first
+
+
+async def test_two_first_starts_at_once_agree_on_one_state(unclaimed: Database) -> None:
+    claims = [
+        claim_state(unclaimed, redis_only=redis_only, redis_identity=identity)
+        for redis_only, identity in ((True, None), (False, "a/b"), (None, "c/d")) * 2
+    ]
+
+    states = await asyncio.gather(*claims)
+
+    assert len(set(states)) == 1
+    assert len(await state_rows(unclaimed)) == 1
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "draining", "redis-only"])
+@pytest.mark.parametrize(("identity", "cache"), [("a/b", "on"), (None, "off")])
+async def test_a_database_of_protocol_0_is_taken_over_with_its_mode(
+    own: Database, mode: Mode, identity: str | None, cache: str
+) -> None:
+    """Its processes read the protocol after the row lock, and write no more. They held no leases to wait for."""
+    await set_state(own, protocol=0, epoch="00000000000000aa", mode=mode, cache="on", settled=False)
+
+    state = await claim_state(own, redis_only=None, redis_identity=identity)
+
+    assert (state.protocol, state.mode, state.settled) == (PROTOCOL, mode, True)
+    assert (state.cache, state.redis_identity) == (cache, identity)
+    assert state.epoch not in {"00000000000000aa", EPOCH_ZERO}
+    assert await claim_state(own, redis_only=None, redis_identity="c/d") == state
+
+
+async def test_two_that_take_over_at_once_agree_on_one_state(own: Database) -> None:
+    await set_state(own, protocol=0, epoch="00000000000000aa")
+
+    states = await asyncio.gather(
+        *(claim_state(own, redis_only=None, redis_identity=identity) for identity in ("a/b", "c/d", None) * 2)
+    )
+
+    assert len(set(states)) == 1
+    assert states[0].epoch != "00000000000000aa"
+
+
+async def test_what_protocol_0_cached_is_compared_with_its_row_before_it_is_believed(
+    servers: Servers, own: Database, store: PostgresChatSessionStore, redis: Redis
+) -> None:
+    async with AsyncExitStack() as stack:
+        probing = new_hybrid(stack, own, servers.redis_url, state=None)
+        stale, current = await new_session(store, "a"), await new_session(store, "a")
+        row, _ = await store.lookup(stale)
+        await store.append(new_append(stale, "b"))
+        for session_id, cached in ((stale, row), (current, (await store.lookup(current))[0])):
+            value = cached_by_protocol_0(cached, await line_of(store, session_id))
+            await redis.set(session_key(session_id), value, px=60_000)
+        await set_state(own, protocol=0)
+        state = await claim_state(own, redis_only=None, redis_identity=await probing.cache.probe())
+        hybrid = new_hybrid(stack, own, servers.redis_url, state=state)
+
+        assert await texts(hybrid.store, stale) == ["a", "b"]
+        assert await texts(hybrid.store, current) == ["a"]
+
+    counts = hybrid.counts
+    assert (counts.cache_hits, counts.cache_fills, counts.cache_validations) == (0, 1, 1)
+
+
+async def line_of(store: PostgresChatSessionStore, session_id: UUID) -> str:
+    return (await store.read_history(session_id, max_messages=1, before_seq=2)).lines[0]
+
+
+def cached_by_protocol_0(row: Row, line: str) -> bytes:
+    entry = Entry.of(row, [line])
+    assert (entry.epoch, entry.dirty) == (EPOCH_ZERO, False)
+    return encode(row, epoch=entry.epoch, lines=[line])
+
+
+async def test_a_newer_protocol_is_refused_and_left_as_it_is(own: Database) -> None:
+    await set_state(own, protocol=PROTOCOL + 1)
+    before = await state_rows(own)
+
+    with pytest.raises(
+        StartRefused, match=f"coherence protocol {PROTOCOL + 1}, this version speaks {PROTOCOL}"
+    ):
+        await claim_state(own, redis_only=None, redis_identity="c/d")
+
+    assert await state_rows(own) == before
+    await set_state(own, protocol=PROTOCOL)
+
+
+async def test_a_process_that_a_newer_protocol_took_the_database_from_neither_writes_nor_believes_redis(
+    servers: Servers, unclaimed: Database, store: PostgresChatSessionStore, redis: Redis
+) -> None:
+    async with AsyncExitStack() as stack:
+        identity = await new_hybrid(stack, unclaimed, servers.redis_url, state=None).cache.probe()
+        state = await claim_state(unclaimed, redis_only=None, redis_identity=identity)
+        hybrid = new_hybrid(stack, unclaimed, servers.redis_url, state=state)
+        session_id = await new_session(hybrid.store, "a")
+        await set_state(unclaimed, protocol=PROTOCOL + 1, epoch="00000000000000bb")
+        before = await state_rows(unclaimed)
+
+        await hybrid.heartbeat.beat()
+
+        assert hybrid.lease.current() is None
+        for call in (
+            hybrid.store.append(new_append(session_id)),
+            hybrid.store.create_session("an"),
+            hybrid.store.delete_session(session_id),
+            hybrid.store.read_history(session_id, max_messages=1),
+            store.append(new_append(session_id)),
+            store.delete_session(session_id),
+        ):
+            with pytest.raises(DurableStoreUnavailable, match=f"coherence protocol {PROTOCOL + 1}"):
+                await call
+        assert await state_rows(unclaimed) == before
+
+    await set_state(unclaimed, protocol=PROTOCOL)
+    assert await texts(store, session_id) == ["a"]
+
+
+async def test_of_two_that_change_the_same_epoch_one_only_reads(own: Database) -> None:
+    keeper = PostgresStateKeeper(own)
+    state = await keeper.read()
+
+    first, second = await asyncio.gather(keeper.change(state, state), keeper.change(state, state))
+
+    assert first == second
+    assert first.epoch != state.epoch
 
 
 # session_month

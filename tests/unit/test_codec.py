@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 
 from app.chat import Message, next_chain
-from app.coherence.ports import TOKEN_ZERO, Entry, GuideEntry
+from app.coherence.ports import TOKEN_ZERO, Entry, GuideEntry, Unreadable
 from app.redis_sessions.codec import (
     FIELDS,
     HEAD_BYTES_MAX,
@@ -223,9 +223,208 @@ def test_garbage_is_none(garbage: bytes) -> None:
     assert decode_head(garbage, SESSION_ID) is None
 
 
-def test_a_value_in_the_guides_format_is_told_apart() -> None:
-    assert decode(guide_value(SESSION_ID, "a", "b"), SESSION_ID) == GuideEntry(session_id=SESSION_ID)
-    assert decode_head(guide_value(SESSION_ID, "a", "b"), SESSION_ID) is None
+@pytest.mark.parametrize("field", ["created_at", "last_activity"])
+@pytest.mark.parametrize("time", [b"0001-01-01T00:00:00+1400", b"9999-12-31T23:59:59-1400"])
+def test_a_time_beyond_the_calendar_is_none(field: str, time: bytes) -> None:
+    """A hand wrote it: an offset leads out of the calendar's ends."""
+    offset, width = FIELDS[field]
+    value = golden()
+    value = value[:offset] + time + value[offset + width :]
+
+    assert decode(value, SESSION_ID) is None
+    assert decode_head(value, SESSION_ID) is None
+
+
+# The guide's format
+
+
+def guide(*messages: object, **fields: object) -> bytes:
+    value = {
+        "session_id": str(SESSION_ID),
+        "user_id": "user123",
+        "created_at": "2025-11-14T10:30:00.123456",
+        "last_activity": "2025-11-14T10:31:00",
+        "messages": list(messages),
+    }
+    return json.dumps({**value, **fields}).encode()
+
+
+def said(content: object, **fields: object) -> dict[str, object]:
+    return {"role": "user", "content": content, "timestamp": "2025-11-14T10:30:00", "metadata": {}, **fields}
+
+
+def read(value: bytes) -> GuideEntry:
+    entry = decode(value, SESSION_ID)
+    assert isinstance(entry, GuideEntry)
+    return entry
+
+
+def ids(value: bytes) -> list[UUID]:
+    return [message.message_id for message in read(value).messages]
+
+
+def test_a_value_in_the_guides_format_is_read_with_its_user_its_times_and_its_messages() -> None:
+    entry = read(guide(said("a"), said("b", role="assistant", metadata={"n": 1}), user_id="owner"))
+
+    assert (
+        entry.session
+        == new_row(
+            SESSION_ID,
+            user_id="owner",
+            created_at=MOMENT,
+            last_activity=datetime(2025, 11, 14, 10, 31, tzinfo=UTC),
+            message_count=2,
+        ).session
+    )
+    assert [(one.role, one.content, one.metadata) for one in entry.messages] == [
+        ("user", "a", "{}"),
+        ("assistant", "b", '{"n":1}'),
+    ]
+    assert {one.created_at for one in entry.messages} == {datetime(2025, 11, 14, 10, 30, tzinfo=UTC)}
+    assert {one.request_digest for one in entry.messages} == {None}
+    assert decode_head(guide(said("a")), SESSION_ID) is None
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "2025-11-14T10:30:00",
+        "2025-11-14T10:30:00Z",
+        "2025-11-14T17:30:00+07:00",
+        "2025-11-14 10:30:00.000999",
+    ],
+)
+def test_a_guides_time_without_an_offset_is_utc(text: str) -> None:
+    entry = read(guide(said("a", timestamp=text), created_at=text, last_activity=text))
+
+    moment = datetime(2025, 11, 14, 10, 30, tzinfo=UTC)
+    times = entry.session.created_at, entry.session.last_activity, entry.messages[0].created_at
+    assert times == (moment, moment, moment)
+
+
+@pytest.mark.parametrize("text", [None, 7, "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00"])
+def test_a_guides_time_that_is_none_is_that_of_the_session(text: object) -> None:
+    entry = read(guide(said("a", timestamp=text), last_activity=text))
+
+    assert (entry.session.last_activity, entry.messages[0].created_at) == (MOMENT, MOMENT)
+
+
+def test_a_guides_message_has_the_same_id_at_every_look() -> None:
+    messages = [said(text) for text in "abcd"]
+
+    first = ids(guide(*messages[:3]))
+    grown, dropped, moved = ids(guide(*messages)), ids(guide(*messages[1:])), ids(guide(messages[2]))
+
+    assert len(set(grown)) == 4
+    assert grown[:3] == first
+    assert dropped == grown[1:]
+    assert moved == [grown[2]]
+
+
+def test_a_guides_message_has_the_same_id_however_its_json_was_written() -> None:
+    message = said("Điều", metadata={"z": 1, "a": 2})
+    turned = dict(reversed(list(message.items())))
+
+    assert ids(guide(message)) == ids(guide(turned))
+    assert ids(guide(message)) == ids(json.dumps(json.loads(guide(message)), indent=2).encode())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"content": "b"},
+        {"role": "assistant"},
+        {"timestamp": "2025-11-14T10:30:01"},
+        {"metadata": {"a": 1}},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_guides_messages_that_differ_in_anything_have_different_ids(change: dict[str, object]) -> None:
+    one, other = ids(guide(said("a"), said("a") | change))
+
+    assert one != other
+
+
+def test_equal_messages_of_a_guides_session_have_different_ids_and_keep_them() -> None:
+    once, twice, thrice = (ids(guide(*[said("a")] * times)) for times in (1, 2, 3))
+
+    assert len(set(thrice)) == 3
+    assert (once, twice) == (thrice[:1], thrice[:2])
+
+
+def test_equal_messages_of_two_guides_sessions_have_different_ids() -> None:
+    other_id = UUID(int=7)
+    other = decode(guide(said("a"), session_id=str(other_id)), other_id)
+
+    assert isinstance(other, GuideEntry)
+    assert other.messages[0].message_id != ids(guide(said("a")))[0]
+
+
+def test_a_guides_role_that_is_none_of_ours_is_kept_in_the_metadata() -> None:
+    entry = read(guide(said("a", role="bot", metadata={"n": 1}), said("b", role=None)))
+
+    assert [(one.role, json.loads(one.metadata)) for one in entry.messages] == [
+        ("system", {"n": 1, "role": "bot"}),
+        ("system", {"role": None}),
+    ]
+
+
+def test_what_a_guides_message_has_in_another_form_is_kept() -> None:
+    messages = [said("a", metadata=[1]), said("a", metadata="x"), said({"a": 1}), said(None)]
+    messages += [{"role": "user", "content": "a"}, said("a", metadata=None)]
+
+    entry = read(guide(*messages))
+
+    assert [(one.content, one.metadata) for one in entry.messages] == [
+        ("a", '{"metadata":[1]}'),
+        ("a", '{"metadata":"x"}'),
+        ('{"a":1}', "{}"),
+        ("null", "{}"),
+        ("a", "{}"),
+        ("a", "{}"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        guide("text"),
+        guide(7),
+        guide(None),
+        guide({"role": "user"}),
+        guide({"content": "a"}),
+        guide(said("a", metadata={"n": float("nan")})),
+        guide(said("\ud800")),
+        guide(said("a", timestamp="yesterday")),
+        guide(said("a"), user_id=None),
+        guide(said("a"), created_at="yesterday"),
+        guide(said("a"), last_activity="yesterday"),
+        encode(replace(ROW, owner="redis"), epoch=EPOCH, lines=LINES)[:-1],
+        encode(replace(ROW, owner="redis"), epoch=EPOCH, lines=LINES).replace(b"\n", b" ", 1),
+    ],
+)
+def test_words_that_can_not_be_read_back_are_told_apart_from_nothing(value: bytes) -> None:
+    assert isinstance(decode(value, SESSION_ID), Unreadable)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        guide(messages=7),
+        guide(messages=None),
+        guide(messages={"a": 1}),
+        guide(user_id=None),
+        guide(user_id=7),
+        guide(created_at="yesterday"),
+        guide(last_activity="yesterday"),
+        guide(session_id=7),
+        guide(session_id=str(UUID(int=7))),
+        guide(said("a"))[:-1],
+        b'{"a":' * 100_000,
+    ],
+)
+def test_what_is_not_the_guides_format_is_no_entry(value: bytes) -> None:
+    assert decode(value, SESSION_ID) is None
 
 
 def test_only_what_redis_owns_begins_after_the_first_message() -> None:

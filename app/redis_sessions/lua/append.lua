@@ -17,10 +17,12 @@
 -- ARGV[13]  lease_ms          how long the turn is held, milliseconds
 -- ARGV[14]  main_db           number of the database of KEYS[1]
 -- ARGV[15]  aux_db            number of the database of KEYS[2]
--- ARGV[16+] prefix, tail      two strings a message: the line without its seq, which is put between them
+-- ARGV[16]  claims          '1': an entry that PostgreSQL owns becomes Redis's with this write (no database)
+-- ARGV[17+] prefix, tail      two strings a message: the line without its seq, which is put between them
 --
 -- {'absent'}                  no such session, or another user's
 -- {'foreign'}                 something that is not in our format: the caller looks at it
+-- {'not-ours'}                PostgreSQL owns it, or it is being handed over; left alone
 -- {'replayed', value}         the request was stored before
 -- {'taken-over', value}       it was stored without an answer, and this caller may answer it now
 -- {'running', left_ms}        it was stored, and its turn is still held
@@ -37,6 +39,10 @@ local turn_key = KEYS[2]
 local head = read_head()
 if head == '' then return {'absent'} end
 if not head or not intact(head) then return {'foreign'} end
+if ARGV[16] ~= '1'
+  and (field(head, 'owner') ~= 'r' or tonumber(field(head, 'pending')) > tonumber(field(head, 'seq'))) then
+  return {'not-ours'}
+end
 
 local body = body_offset()
 if ARGV[1] ~= '' and redis.call('GETRANGE', key, at.user_id, body - 1) ~= ARGV[1] .. ',"messages":[\n' then
@@ -96,7 +102,7 @@ local seq = tonumber(field(head, 'seq'))
 if ARGV[2] ~= '' and tonumber(ARGV[2]) ~= seq then return {'moved', seq} end
 
 local lines = {}
-for i = 16, #ARGV, 2 do
+for i = 17, #ARGV, 2 do
   seq = seq + 1
   lines[#lines + 1] = ARGV[i] .. string.format('%.0f', seq) .. ARGV[i + 1]
 end

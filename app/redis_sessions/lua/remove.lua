@@ -1,4 +1,4 @@
--- remove(session) -> 1 removed or absent | 0 Redis owns it, left alone
+-- remove(session) -> 1 removed or absent | 0 Redis owns it, left alone; one that is dirty still is nobody's
 --
 -- KEYS[1]  session:{id}    string, see codec.py; anything else that stands there goes too
 --
@@ -8,7 +8,10 @@
 -- that WATCHes it, so a fill that began before a delete would bring the session back.
 
 local head = read_head()
-if head and head ~= '' and ours(head) and field(head, 'owner') == 'r' then return 0 end
+if head and head ~= '' and ours(head) and field(head, 'owner') == 'r'
+  and not (intact(head) and tonumber(field(head, 'pending')) > tonumber(field(head, 'seq'))) then
+  return 0
+end
 -- It begins with PEXPIRE, so that Redis lets it write these few bytes when it is out of memory.
 redis.call('PEXPIRE', key, 1000)
 redis.call('SET', key, '')

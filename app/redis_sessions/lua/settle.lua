@@ -1,0 +1,12 @@
+-- settle(session; token) -> 1 made clean | 0 marked by another since, or gone
+--
+-- KEYS[1]  session:{id}   string, see codec.py
+-- ARGV[1]  token          16 hex digits, of the skeleton that was set before the session's row was committed
+--
+-- Safe to repeat and to arrive late: a token is used once, and a mark replaces it.
+
+local head = read_head()
+if not head or head == '' or not intact(head) or field(head, 'token') ~= ARGV[1] then return 0 end
+put_number('pending', 0)
+put('token', string.rep('0', 16))
+return 1
