@@ -37,7 +37,7 @@ def violations(log: Log, final: Sequence[UUID]) -> list[str]:
     """What is wrong with a history that ended in `final`; empty for a linearizable one."""
     place = {message_id: index for index, message_id in enumerate(final)}
     began = {write.message_id: write.began for write in log.writes}
-    wrong = []
+    wrong = [f"not sent: nobody wrote {message_id}" for message_id in final if message_id not in began]
     if len(place) != len(final):
         wrong.append("duplicate: a message stands in the session twice")
     lost = [
@@ -47,22 +47,27 @@ def violations(log: Log, final: Sequence[UUID]) -> list[str]:
     for read in log.reads:
         if read.message_ids != tuple(final[: len(read.message_ids)]):
             wrong.append(f"no prefix: a read of {len(read.message_ids)} messages")
-        if any(began[message_id] > read.ended for message_id in read.message_ids):
+        if any(began.get(message_id, 0.0) > read.ended for message_id in read.message_ids):
             wrong.append("a read saw a message before it was sent")
     # The longest list that anybody knew of when a read began: acknowledged, or read before.
     known = sorted(
         [
-            (write.acked, place[write.message_id] + 1)
+            (write.acked, place[write.message_id] + 1, "stale")
             for write in log.writes
             if write.acked is not None and write.message_id in place
         ]
-        + [(read.ended, len(read.message_ids)) for read in log.reads]
+        + [(read.ended, len(read.message_ids), "non-monotonic") for read in log.reads]
     )
-    longest, position = 0, 0
+    longest = {"stale": 0, "non-monotonic": 0}
+    position = 0
     for read in sorted(log.reads, key=lambda one: one.began):
         while position < len(known) and known[position][0] < read.began:
-            longest = max(longest, known[position][1])
+            _, length, how = known[position]
+            longest[how] = max(longest[how], length)
             position += 1
-        if len(read.message_ids) < longest:
-            wrong.append(f"stale: a read of {len(read.message_ids)} messages when {longest} were known")
+        length = len(read.message_ids)
+        if how := next((how for how in longest if length < longest[how]), None):
+            wrong.append(
+                f"{how}: a read of {length} messages when {longest[how]} were known, begun at {read.began:.3f} s"
+            )
     return wrong
