@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help run test check bench clean
+.PHONY: help run test check bench chaos model clean
 
 help: ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,12 @@ check: $(VENV)/.dev ## Format, lint and types
 bench: $(VENV)/.dev ## Measure the speeds and sizes that the README names
 	$(VENV)/bin/python benchmarks/start.py
 	$(VENV)/bin/python benchmarks/quick.py
+
+chaos: $(VENV)/.dev ## Break real processes under load: DURATION=seconds SEED=n, more in CHAOS="--profile flips"
+	$(VENV)/bin/python -m tests.failure.chaos --duration $(or $(DURATION),60) --seed $(or $(SEED),1) $(CHAOS)
+
+model: $(VENV)/.dev ## Check the coherence protocol on random schedules: SCHEDULES=n SEED=n, more in MODEL="--mutants"
+	$(VENV)/bin/python -m tests.failure.model --schedules $(or $(SCHEDULES),10000) --seed $(or $(SEED),1) $(MODEL)
 
 clean: ## Remove what was set up; data in .data stays
 	rm -rf $(VENV)
