@@ -119,8 +119,8 @@ COSTS: dict[str, dict[str, Cost]] = {
     },
     "append to an entry of an older epoch": hybrid(["mark", "publish"], WRITE),
     "append to an unknown session": {
-        # Redis may hold it alone; and it may have been taken over by another since the first look.
-        **hybrid(NOTHING_THERE, LOCKED_NOT_FOUND + LOCKED + LOCKED_NOT_FOUND),
+        # Redis may hold it alone.
+        **hybrid(["GETEX"], LOCKED_NOT_FOUND),
         "redis": (["append"], []),
         "redis over a database": (["append"], LOCKED),
         "postgres": ([], LOCKED_NOT_FOUND),
@@ -217,7 +217,7 @@ COSTS: dict[str, dict[str, Cost]] = {
         "always": (["GETEX", *TOUCH, *FILL, "GETEX"], ["lookup", *ADOPTED_WITH_A_NEW_ROW, "lookup"]),
     },
     "append to a session that only Redis has": hybrid(
-        [*TOUCH, *FILL, "mark", "publish"], LOCKED_NOT_FOUND + ADOPTED_WITH_A_NEW_ROW + WRITE
+        ["GETEX", *TOUCH, *FILL, "mark", "publish"], LOCKED_NOT_FOUND + ADOPTED_WITH_A_NEW_ROW + WRITE
     ),
     "history, a session that PostgreSQL owns": {
         "redis over a database": (["GETEX", "offer", "settle", "GETEX"], HANDED_OVER),
