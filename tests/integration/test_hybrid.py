@@ -74,6 +74,7 @@ class GatedCache(RedisSessionCache):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.before_get_gates: list[Gate] = []
         #: Passed when Redis has answered.
         self.get_gates: list[Gate] = []
         self.settle_gates: list[Gate] = []
@@ -84,6 +85,7 @@ class GatedCache(RedisSessionCache):
         self.lost_publishes = 0
 
     async def get(self, *args: Any) -> Any:
+        await pass_next(self.before_get_gates)
         value = await super().get(*args)
         await pass_next(self.get_gates)
         return value
@@ -746,6 +748,52 @@ async def test_what_can_not_be_stored_waits_in_redis(
     assert await redis.get(session_key(session_id)) == value
 
 
+async def test_a_session_of_a_month_without_a_partition_is_adopted(
+    store: HybridChatSessionStore, redis: Redis
+) -> None:
+    """Redis-only mode without a database makes sessions, and nobody makes partitions."""
+    session_id = UUID("01700000-0000-7000-8000-000000000001")
+    await put_redis_owned(redis, session_id, [new_message("a")])
+
+    assert await texts(store, session_id) == ["a"]
+
+
+async def test_a_read_whose_look_up_was_older_than_an_adoption_finds_the_session(
+    make_hybrid: MakeHybrid, redis: Redis
+) -> None:
+    reader, other, gate = make_hybrid(verify="always"), make_hybrid(), Gate()
+    session_id = new_row().session.session_id
+    await put_redis_owned(redis, session_id, [new_message("a")])
+    reader.cache.before_get_gates.append(gate)
+    reading = asyncio.create_task(texts(reader.store, session_id))
+    await gate.reached.wait()
+    # Long enough for the look-up beside it.
+    await reader.durable.lookup(session_id)
+    await other.store.adopt(session_id)
+
+    gate.open.set()
+
+    assert await reading == ["a"]
+
+
+@pytest.mark.parametrize("gates", ["before_get_gates", "watch_gates"])
+async def test_a_write_that_found_no_row_before_another_instance_adopted_finds_the_session(
+    make_hybrid: MakeHybrid, redis: Redis, durable: PostgresChatSessionStore, gates: str
+) -> None:
+    writer, other, gate = make_hybrid(), make_hybrid(), Gate()
+    session_id = new_row().session.session_id
+    await put_redis_owned(redis, session_id, [new_message("a")])
+    getattr(writer.cache, gates).append(gate)
+    writing = asyncio.create_task(writer.store.append(new_append(session_id, "b")))
+    await gate.reached.wait()
+    await other.store.adopt(session_id)
+
+    gate.open.set()
+    await writing
+
+    assert await texts(durable, session_id) == ["a", "b"]
+
+
 @every_call
 async def test_a_row_that_redis_owns_waits_while_redis_is_out(
     make_hybrid: MakeHybrid, database: Database, closed_url: str, verify: str, call: Call
@@ -765,6 +813,7 @@ async def nothing(_row: Row, _state: CacheState) -> None:
     pass
 
 
+@pytest.mark.parametrize("call", ["get_session", "read_history", "append", "begin_turn", "delete_session"])
 @pytest.mark.parametrize(("mode", "refusal"), [("draining", AdoptionPending), ("hybrid", SessionNotFound)])
 async def test_a_session_without_a_row_waits_for_redis_only_during_a_drain(
     make_hybrid: MakeHybrid,
@@ -774,25 +823,13 @@ async def test_a_session_without_a_row_waits_for_redis_only_during_a_drain(
     verify: str,
     mode: Mode,
     refusal: type[ChatError],
+    call: str,
 ) -> None:
     state = await keeper.change(state, next_state(state, mode=mode))
     store = make_hybrid(url=closed_url, state=state, verify=verify).store
 
     with pytest.raises(refusal):
-        await store.get_session(new_row().session.session_id)
-
-
-async def test_a_write_without_a_row_waits_for_redis_during_a_drain(
-    make_hybrid: MakeHybrid, keeper: PostgresStateKeeper, state: CacheState, closed_url: str
-) -> None:
-    state = await keeper.change(state, next_state(state, mode="draining"))
-    store = make_hybrid(url=closed_url, state=state).store
-    session_id = new_row().session.session_id
-
-    with pytest.raises(AdoptionPending):
-        await store.append(new_append(session_id))
-    with pytest.raises(AdoptionPending):
-        await store.delete_session(session_id)
+        await CALLS[call](store, new_row().session.session_id, "user123")
 
 
 async def test_a_drain_deletes_nothing_while_redis_is_out(
@@ -1192,7 +1229,7 @@ async def test_a_write_that_can_not_mark_turns_the_cache_off(
 async def test_a_write_that_can_not_mark_is_not_committed_before_the_leases_have_ended(
     make_hybrid: MakeHybrid, durable: PostgresChatSessionStore
 ) -> None:
-    hybrid = make_hybrid(lease=Lease(seconds=0.5))
+    hybrid = make_hybrid(lease=Lease(seconds=0.8))
     session_id = await new_session(hybrid.store, "a")
     hybrid.cache.mark_failures = [0.1]
     appending = asyncio.create_task(hybrid.store.append(new_append(session_id, "b")))
@@ -1221,8 +1258,8 @@ async def test_a_reader_with_a_lease_never_misses_a_write_that_redis_did_not_see
     make_hybrid: MakeHybrid, closed_url: str, state: CacheState, write: str
 ) -> None:
     """One reaches Redis and has a lease, the other one can't mark: rule 5 waits until the lease has ended."""
-    reader = make_hybrid(state=None, lease=Lease(seconds=0.3))
-    cut_off = make_hybrid(url=closed_url, lease=Lease(seconds=0.3)).store
+    reader = make_hybrid(state=None, lease=Lease(seconds=0.5))
+    cut_off = make_hybrid(url=closed_url, lease=Lease(seconds=0.5)).store
     session_id = await new_session(reader.store, "a")
     reader.lease.learn(state, asked_at=reader.lease.now())
     before = (await reader.store.read_history(session_id, max_messages=10)).source

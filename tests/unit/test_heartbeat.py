@@ -444,7 +444,7 @@ async def test_it_beats_until_it_is_cancelled_whatever_happens(
     async def broken() -> str:
         raise RuntimeError("as the test says")
 
-    lease = Lease(seconds=0.1)
+    lease = Lease(seconds=0.5)
     beating = asyncio.create_task(Heartbeat(lease, PostgresStateKeeper(database), broken, Counts()).run())
 
     async def failed_often() -> bool:
