@@ -33,7 +33,7 @@ from app.redis_sessions.keys import session_key
 from app.redis_sessions.scan import scan_sessions
 from app.settings import Settings
 from app.store import Append, ChatSessionStore
-from app.wiring import Runtime, backfill_of, open_database, open_redis, open_runtime, open_stores
+from app.wiring import Runtime, backfill_of, open_database, open_redis, open_runtime, open_stores, stop
 from tests.factories import guide_value, new_append, new_message, new_row
 from tests.integration.processes import command, environment, eventually, one_line, run
 
@@ -441,8 +441,7 @@ async def test_an_adoption_that_is_stopped_goes_on_where_it_was(
 
         adopting = asyncio.create_task(slow.drain(report=stop_after_some))
         await enough.wait()
-        adopting.cancel()
-        await asyncio.gather(adopting, return_exceptions=True)
+        await stop(adopting)
         left_in = await mode_row(database)
 
         tally = await backfill_of(stores, bounded).drain()
