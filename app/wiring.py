@@ -33,6 +33,7 @@ from app.redis_sessions.client import BoundedRedis, create_redis
 from app.redis_sessions.store import RedisChatSessionStore
 from app.settings import Settings
 from app.store import ChatSessionStore, StoreHealth
+from app.tasks import stop
 
 log = logging.getLogger("chat_sessions.wiring")
 
@@ -40,8 +41,6 @@ ServedMode = Literal["hybrid", "draining", "redis-only", "postgres"]
 
 #: One for the pulse, one for a writer that changes the epoch.
 _PULSE_CONNECTIONS = 2
-
-_STOP_AGAIN_SECONDS = 0.5
 
 _PARTITIONS_EVERY_SECONDS = 6 * 3600
 
@@ -393,12 +392,3 @@ async def _keep_partitions(database: Database) -> None:
         else:
             if made:
                 log.info("partitions made: %s", ", ".join(made))
-
-
-async def stop(task: asyncio.Task[None]) -> None:
-    """Ends a background task, and waits until it has. More than one request may be needed: up to Python 3.11
-    `asyncio.wait_for`, which drivers use, swallows a cancellation that comes as its result does.
-    """
-    while not task.done():
-        task.cancel()
-        await asyncio.wait([task], timeout=_STOP_AGAIN_SECONDS)

@@ -13,13 +13,14 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 
-DOMAIN = {"chat", "errors", "store"}
+DOMAIN = {"chat", "errors", "store", "tasks"}
 
 # part of app -> the other parts that it may import, from the lowest layer to the highest
 MAY_IMPORT = {
     "chat": set(),
     "errors": set(),
     "store": {"chat", "errors"},
+    "tasks": set(),
     "coherence": DOMAIN,
     "hybrid": DOMAIN | {"coherence"},
     "postgres": DOMAIN | {"coherence"},

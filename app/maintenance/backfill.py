@@ -33,6 +33,7 @@ from app.postgres.engine import Database
 from app.redis_sessions.client import BoundedRedis
 from app.redis_sessions.keys import session_key
 from app.redis_sessions.scan import Seen, key_count, look_at, scan_sessions
+from app.tasks import all_of, heed_cancellation
 
 log = logging.getLogger("chat_sessions.backfill")
 
@@ -222,7 +223,7 @@ class Backfill:
             tally.total = max(tally.total, tally.scanned)
             self._last_success = self._lease.now()
             report(tally)
-            _heed_cancellation()
+            heed_cancellation()
             await asyncio.sleep(self._batch_pause_seconds)
         found += await self._rows(tally, report)
         return await self._redis.identity() == before and found == 0
@@ -244,19 +245,15 @@ class Backfill:
         """Adopts them, and says how many there were besides conflicts."""
         waiting = iter(sessions)
         results: list[bool] = []
-        try:
-            async with asyncio.TaskGroup() as workers:
-                for _ in range(min(self._at_once, len(sessions))):
-                    workers.create_task(self._work(waiting, tally, results, report))
-        except BaseExceptionGroup as group:
-            raise group.exceptions[0] from None
+        at_once = min(self._at_once, len(sessions))
+        await all_of([self._work(waiting, tally, results, report) for _ in range(at_once)])
         return sum(results)
 
     async def _work(
         self, waiting: Iterable[Seen], tally: Tally, results: list[bool], report: Callable[[], None]
     ) -> None:
         for seen in waiting:
-            _heed_cancellation()
+            heed_cancellation()
             await self._throttle()
             if seen.session_id is not None:
                 results.append(await self._adopt(seen.key, seen.session_id, tally))
@@ -301,13 +298,6 @@ class Backfill:
             return state.trusting and await self._redis.identity() == state.redis_identity
         except (CacheOutage, Unavailable):
             return False
-
-
-def _heed_cancellation() -> None:
-    """On Python 3.11 `asyncio.wait_for`, which redis-py uses, may swallow one: Ctrl-C would do nothing."""
-    task = asyncio.current_task()
-    if task is not None and task.cancelling():
-        raise asyncio.CancelledError
 
 
 class BackgroundBackfill:

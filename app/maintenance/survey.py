@@ -14,6 +14,7 @@ from app.maintenance.audit import WRONG, Finding, Mending, Verdict
 from app.redis_sessions.client import BoundedRedis
 from app.redis_sessions.inspect import random_key
 from app.redis_sessions.scan import Seen, look_at
+from app.tasks import all_of
 
 log = logging.getLogger("chat_sessions.survey")
 
@@ -77,12 +78,7 @@ async def survey(
         advance(1)
 
     async for page in entries:
-        try:
-            async with asyncio.TaskGroup() as group:
-                for seen in page:
-                    group.create_task(look(seen))
-        except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from failed
+        await all_of([look(seen) for seen in page])
     return done
 
 

@@ -34,7 +34,7 @@ from app.redis_sessions.cache import RedisSessionCache
 from app.redis_sessions.client import BoundedRedis
 from app.redis_sessions.codec import USER_ID_OFFSET
 from app.redis_sessions.keys import session_key
-from app.wiring import stop
+from app.tasks import stop
 from tests.contract.suite import texts
 from tests.factories import new_append
 from tests.failure.checker import Log, Read, Write, violations

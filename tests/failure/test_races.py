@@ -32,7 +32,7 @@ from app.redis_sessions.cache import RedisSessionCache, _Watch
 from app.redis_sessions.codec import decode, encode
 from app.redis_sessions.keys import session_key
 from app.store import Append
-from app.wiring import stop
+from app.tasks import stop
 from tests.factories import keyed_append, new_append, new_message, new_row
 from tests.servers import Servers
 from tests.stores import Hybrid, new_hybrid

@@ -25,7 +25,7 @@ from app.postgres.counters import compare_counters
 from app.redis_sessions.codec import FIELDS, decode, encode
 from app.redis_sessions.keys import session_key, session_of
 from app.redis_sessions.scan import scan_sessions
-from app.wiring import stop
+from app.tasks import stop
 from tests.contract.suite import until
 from tests.factories import guide_value, new_append, new_row
 from tests.integration.processes import command, environment, run

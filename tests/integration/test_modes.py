@@ -20,9 +20,16 @@ from typer.testing import CliRunner
 from app import wiring
 from app.cli.main import app
 from app.coherence.lease import Lease
-from app.coherence.ports import EPOCH_ZERO
+from app.coherence.ports import EPOCH_ZERO, CacheOutage
 from app.embedded import embedded_servers
-from app.errors import AdoptionPending, ModeRefused, RedisUnavailable, SessionNotFound, StartRefused
+from app.errors import (
+    AdoptionPending,
+    DurableStoreUnavailable,
+    ModeRefused,
+    RedisUnavailable,
+    SessionNotFound,
+    StartRefused,
+)
 from app.maintenance import backfill as backfill_module
 from app.maintenance import modes as modes_module
 from app.maintenance.backfill import Tally, elected
@@ -33,7 +40,8 @@ from app.redis_sessions.keys import session_key
 from app.redis_sessions.scan import scan_sessions
 from app.settings import Settings
 from app.store import Append, ChatSessionStore
-from app.wiring import Runtime, backfill_of, open_database, open_redis, open_runtime, open_stores, stop
+from app.tasks import stop
+from app.wiring import Runtime, backfill_of, open_database, open_redis, open_runtime, open_stores
 from tests.factories import guide_value, new_append, new_message, new_row
 from tests.integration.processes import command, environment, eventually, one_line, run
 
@@ -673,6 +681,29 @@ async def test_a_session_that_keeps_failing_is_a_conflict_and_the_others_are_ado
         assert tally.conflicts.shown == {str(bad): "could not be taken over: its row hangs"}
         assert await texts(hybrid, good) == ["b"]
         assert await texts(hybrid, bad) == ["a"]
+
+
+async def test_a_short_outage_is_waited_out_and_the_backfill_goes_on(
+    settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [await put_guides(redis, str(number)) for number in range(6)]
+    async with open_stores(settings) as stores, open_redis(settings) as bounded:
+        adopt = stores.hybrid.adopt
+        outages = iter([CacheOutage("cut"), DurableStoreUnavailable("restarts")])
+
+        async def fails_at_first(session_id: UUID) -> Any:
+            if (outage := next(outages, None)) is not None:
+                # Not in the very step in which it was asked: the others are waited for then.
+                await asyncio.sleep(0.01)
+                raise outage
+            return await adopt(session_id)
+
+        monkeypatch.setattr(stores.hybrid, "adopt", fails_at_first)
+
+        tally = await asyncio.create_task(backfill_of(stores, bounded).drain())
+
+        assert tally.sessions_adopted == len(ids)
+        assert not tally.conflicts.count
 
 
 async def test_reports_name_a_bounded_number_of_sessions(

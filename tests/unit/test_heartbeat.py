@@ -17,7 +17,7 @@ from app.postgres import statements
 from app.postgres.cache_state import GONE_AFTER_SECONDS, PostgresStateKeeper
 from app.postgres.engine import Database, create_engine
 from app.redis_sessions.cache import RedisSessionCache
-from app.wiring import stop
+from app.tasks import stop
 from tests.contract.suite import until
 from tests.servers import Servers
 
