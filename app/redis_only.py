@@ -155,12 +155,16 @@ class RedisOnlyChatSessionStore:
 
     async def _owning(self, session_id: UUID, call: Callable[[], Awaitable[_T]]) -> _T:
         """Runs `call`; where Redis does not hold the session yet, it is handed over first."""
+        was_there = False
         for _ in range(_HAND_OVERS_MAX):
             try:
                 return await call()
             except SessionNotFound:
-                if await self._hand_over(session_id) != "handed over":
+                # What is there may have been handed over by another request since this one looked for it. What
+                # was there all along is somebody else's.
+                if was_there or (outcome := await self._hand_over(session_id)) == "nothing":
                     raise
+                was_there = outcome == "there"
             except NotHandedOver as exc:
                 if await self._hand_over(session_id) == "nothing":
                     # What a delete left behind while Redis was out.

@@ -228,6 +228,30 @@ async def test_a_session_that_only_postgresql_has_is_imported_when_it_is_first_t
     assert [await owner_of(database, one) for one in (read, written, kept)] == ["redis", "redis", "postgres"]
 
 
+async def test_of_two_that_touch_it_first_at_once_both_find_it(a: Instance, b: Instance) -> None:
+    """The later one has seen no entry, and meets a session that was handed over meanwhile."""
+    session_id = await session_of(a.store, "1")
+    await a.to("redis-only")
+    await b.hears("redis-only")
+    hand_over, met = a.redis_only._hand_over, []
+
+    async def overtaken(of: UUID) -> str:
+        met.append(of)
+        if len(met) == 1:
+            await b.store.append(new_append(of, "2"))
+        return await hand_over(of)
+
+    a.redis_only._hand_over = overtaken  # type: ignore[method-assign]
+
+    appended = await a.store.append(new_append(session_id, "3"))
+    with pytest.raises(SessionNotFound):
+        await a.store.get_session(session_id, user_id="somebody else")
+
+    assert appended.last_seq == 3
+    assert met == [session_id] * 2
+    assert await texts(a.store, session_id) == ["1", "2", "3"]
+
+
 async def test_what_expired_in_redis_only_mode_is_gone_there_and_comes_back_in_hybrid_mode(
     a: Instance, b: Instance, redis: Redis, drain: Drain
 ) -> None:
