@@ -87,6 +87,12 @@ class Unavailable(ChatError):
         super().__init__(detail, hint=hint)
 
 
+class Overloaded(Unavailable):
+    """more waits here than can be carried out soon: the request was refused and nothing of it was kept"""
+
+    code = "overloaded"
+
+
 class TurnInProgress(Unavailable):
     """a request with this idempotency key is still running"""
 

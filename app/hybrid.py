@@ -36,14 +36,16 @@ script overwrites or removes one before its messages are committed in PostgreSQL
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from secrets import token_hex
 from typing import Any, Literal, TypeVar
 from uuid import UUID
 
+from app.batching import Batcher
 from app.chat import ChatSession, Message, NewMessage, SessionStatus, Source
+from app.coherence.batches import CREATIONS, WriteBatches, concerns_all, size_of
 from app.coherence.counts import Counts
 from app.coherence.heartbeat import Heartbeat, next_state
 from app.coherence.lease import Lease
@@ -60,7 +62,9 @@ from app.coherence.ports import (
     GuideEntry,
     Interrupted,
     LockedSession,
+    MarkOutcome,
     ModeChanged,
+    Published,
     Row,
     RowBusy,
     SessionCache,
@@ -71,6 +75,7 @@ from app.coherence.ports import (
 )
 from app.errors import (
     AdoptionPending,
+    ChatError,
     DurableStoreUnavailable,
     FreshnessUnknown,
     NotYetVisible,
@@ -134,15 +139,31 @@ class HybridChatSessionStore:
         self._verify = verify
         self._fence = _Fence(cache, lease)
         self._fills: dict[UUID, _Fill] = {}
-        self._writes: set[asyncio.Task[Any]] = set()
+        self._batches: WriteBatches[_Write, _Written] = WriteBatches(
+            self._write_all,
+            session_of=lambda write: write.append.session_id,
+            size=lambda write: size_of(write.append),
+        )
+        self._creations: Batcher[str, Row] = Batcher(
+            self._create_all, bounds=CREATIONS, concerns_all=concerns_all
+        )
+        self._to_their_end: set[asyncio.Task[Any]] = set()
+        self._distrusting: dict[str, asyncio.Task[None]] = {}
+
+    async def close(self) -> None:
+        """Waits for the writes whose callers have gone away."""
+        await self._creations.close()
+        await self._batches.close()
+        await asyncio.gather(*self._to_their_end, return_exceptions=True)
 
     # Writes
 
     async def create_session(self, user_id: str) -> SessionRead:
-        return await self._to_its_end(self._create(user_id))
+        row = await self._creations.submit(user_id)
+        return SessionRead(session=row.session, source="postgres")
 
     async def append(self, append: Append) -> Appended:
-        committed, _ = await self._to_its_end(self._write(append, want_entry=False))
+        committed = (await self._write(_Write(append))).committed
         return Appended(
             session=committed.after.session,
             first_seq=committed.first_seq,
@@ -152,12 +173,13 @@ class HybridChatSessionStore:
         )
 
     async def begin_turn(self, append: Append, *, window: int) -> Turn:
-        committed, entry = await self._to_its_end(self._write(append, want_entry=True))
-        turn = turn_of(append, committed)
+        written = await self._write(_Write(append, want_entry=True))
+        turn = turn_of(append, written.committed)
         if turn.answer is not None:
             return turn
         # The entry as the publish left it needs no look at the row: it stood exactly before this write,
         # under the chain that this write was committed on.
+        entry = written.published.entry if written.published is not None else None
         page = entry.newest(window, turn.question.seq + 1) if entry is not None else None
         if page is not None:
             return replace(turn, history=tuple(Message.from_line(line) for line in page[1]))
@@ -222,17 +244,15 @@ class HybridChatSessionStore:
 
     # Write-through
 
-    async def _to_its_end(self, write: Coroutine[Any, Any, _T]) -> _T:
-        """Rule 8: a caller that goes away after the commit must not take the publish with it, and one that goes
-        away before it must not break the connection in between.
-        """
-        task = asyncio.create_task(write)
-        self._writes.add(task)
-        task.add_done_callback(self._forget_write)
+    async def _to_its_end(self, call: Coroutine[Any, Any, _T]) -> _T:
+        """Rule 8: a caller that goes away must not break a connection off in the middle."""
+        task = asyncio.create_task(call)
+        self._to_their_end.add(task)
+        task.add_done_callback(self._ended)
         return await asyncio.shield(task)
 
-    def _forget_write(self, task: asyncio.Task[Any]) -> None:
-        self._writes.discard(task)
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._to_their_end.discard(task)
         _look_at(task)
 
     async def _admitted(self, attempt: Callable[[], Awaitable[_T]]) -> _T:
@@ -255,53 +275,79 @@ class HybridChatSessionStore:
                 raise DurableStoreUnavailable(f"the write was held for too long: {interruption}")
 
     async def _distrust(self, failed: "_NotMarked") -> None:
-        """Rule 5."""
-        log.warning("a write could not mark its entry: %s", failed.cause)
-        await self._heartbeat.change(failed.state, next_state(failed.state, cache="off"))
+        """Rule 5, once for all writes that have met it."""
+        epoch = failed.state.epoch
+        task = self._distrusting.get(epoch)
+        if task is None:
+            log.warning("writes could not mark their entries: %s", failed.cause)
+            off = next_state(failed.state, cache="off")
+            task = asyncio.create_task(self._heartbeat.change(failed.state, off))
+            self._distrusting[epoch] = task
+            task.add_done_callback(lambda _: self._distrusting.pop(epoch))
+            task.add_done_callback(_look_at)
+        await asyncio.shield(task)
 
-    async def _create(self, user_id: str) -> SessionRead:
+    async def _create_all(self, user_ids: Sequence[str]) -> Sequence[Row]:
+        return await self._admitted(lambda: self._create_once(user_ids))
+
+    async def _create_once(self, user_ids: Sequence[str]) -> Sequence[Row]:
         token = token_hex(8)
         set_under: CacheState | None = None
 
-        async def set_skeleton(row: Row, state: CacheState) -> None:
+        async def set_skeletons(rows: Sequence[Row], state: CacheState) -> None:
             # A clean entry set from here could come late, and hide the first append: a dirty one can't.
             nonlocal set_under
             self._fence.refuse_other_modes(state)
             if state.trusting:
                 with suppress(CacheOutage):
-                    await self._cache.skeleton(row, state, token=token)
+                    await self._cache.skeleton(rows, state, token=token)
                     set_under = state
 
-        row = await self._durable.create(user_id, owner="postgres", before_commit=set_skeleton)
+        rows = await self._durable.create(user_ids, owner="postgres", before_commit=set_skeletons)
         if set_under is not None:
             with suppress(CacheOutage):
-                await self._cache.settle(row.session.session_id, set_under, token=token)
-        return SessionRead(session=row.session, source="postgres")
+                await self._cache.settle([row.session.session_id for row in rows], set_under, token=token)
+        return rows
 
-    async def _write(self, append: Append, *, want_entry: bool) -> tuple[Committed, Entry | None]:
-        async def commit() -> Committed:
-            return await self._admitted(lambda: self._durable.commit(append, self._fence))
+    async def _write(self, write: "_Write") -> "_Written":
+        async def submit() -> _Written:
+            return await self._admitted(lambda: self._batches.submit(write))
 
-        committed = await self._adopting(append.session_id, commit)
-        if committed.replayed:
-            # Rule 7.
-            return committed, None
-        return committed, await self._publish(committed, want_entry=want_entry)
-
-    async def _publish(self, committed: Committed, *, want_entry: bool) -> Entry | None:
-        """Rule 2. The write is durable and stays acknowledged, whatever the copy of it meets."""
-        state = committed.state
-        if state is None or not state.trusting:
-            return None
-        try:
-            published = await self._cache.publish(committed, state, want_entry=want_entry)
-            if published.outcome in {"absent", "behind"}:
+        written = await self._adopting(write.append.session_id, submit)
+        if written.published is not None and written.published.outcome in {"absent", "behind"}:
+            with suppress(Interrupted, AdoptionPending, SessionNotFound, DurableStoreUnavailable):
                 # A session that had left Redis lives there again with its next message.
-                return (await self._filled(committed.after.session.session_id)).entry
-        except (Interrupted, AdoptionPending, SessionNotFound, DurableStoreUnavailable) as exc:
+                filled = await self._filled(write.append.session_id)
+                written = replace(written, published=Published(outcome="published", entry=filled.entry))
+        return written
+
+    async def _write_all(self, writes: "list[_Write]", *, waits: bool) -> "list[_Written | Exception]":
+        outcomes = await self._durable.commit([write.append for write in writes], self._fence, waits=waits)
+        written = [_Written(outcome) if isinstance(outcome, Committed) else outcome for outcome in outcomes]
+        # Rule 7: what was stored before is not published again.
+        fresh = [
+            (one, write)
+            for one, write in zip(written, writes, strict=True)
+            if isinstance(one, _Written) and not one.committed.replayed
+        ]
+        if fresh:
+            await self._publish([one for one, _ in fresh], [write.want_entry for _, write in fresh])
+        return written
+
+    async def _publish(self, written: "Sequence[_Written]", want_entries: Sequence[bool]) -> None:
+        """Rule 2. The writes are durable and stay acknowledged, whatever the copies of them meet."""
+        state = written[0].committed.state
+        if state is None or not state.trusting:
+            return
+        try:
+            published = await self._cache.publish(
+                [one.committed for one in written], state, want_entries=want_entries
+            )
+        except CacheOutage as exc:
             log.debug("not published: %s", exc)
-            return None
-        return published.entry
+            return
+        for one, its in zip(written, published, strict=True):
+            one.published = its
 
     async def _delete(self, session_id: UUID, user_id: str | None) -> ChatSession:
         async def unlink(row: Row, state: CacheState) -> None:
@@ -519,7 +565,7 @@ class HybridChatSessionStore:
             try:
                 return await call()
             except AdoptionPending:
-                await self.adopt(session_id)
+                await self._to_its_end(self.adopt(session_id))
             except SessionNotFound:
                 if looked_in_redis:
                     raise
@@ -528,7 +574,7 @@ class HybridChatSessionStore:
                     # Perhaps one that Redis holds alone.
                     raise AdoptionPending from None
                 if _adoptable(cached):
-                    await self.adopt(session_id)
+                    await self._to_its_end(self.adopt(session_id))
                 elif isinstance(cached, Entry) or self._draining:
                     # Another process may have adopted it since we looked for a row.
                     return await call()
@@ -639,22 +685,23 @@ class _Fence:
         if (left := self._lease.hold_seconds(state)) > 0:
             raise _Hold(left)
 
-    async def mark(self, before: Row, after: Row, state: CacheState) -> None:
+    async def mark(self, writes: Sequence[tuple[Row, Row]], state: CacheState) -> Sequence[ChatError | None]:
         """Rule 1."""
         if not state.trusting:
-            return
+            return [None] * len(writes)
         token = token_hex(8)
         try:
-            outcome = await self._mark_twice(before, after, state, token)
+            outcomes = await self._mark_twice(writes, state, token)
         except CacheOutage as exc:
             raise _NotMarked(state, exc) from exc
-        if outcome in {"redis-owned", "foreign"}:
-            raise AdoptionPending
+        return [AdoptionPending() if outcome in {"redis-owned", "foreign"} else None for outcome in outcomes]
 
-    async def _mark_twice(self, before: Row, after: Row, state: CacheState, token: str) -> str:
+    async def _mark_twice(
+        self, writes: Sequence[tuple[Row, Row]], state: CacheState, token: str
+    ) -> Sequence[MarkOutcome]:
         started = self._lease.now()
         try:
-            return await self._cache.mark(before, after, state, token=token)
+            return await self._cache.mark(writes, state, token=token)
         except CacheMoved:
             raise
         except CacheOutage:
@@ -662,7 +709,7 @@ class _Fence:
             # has waited long enough.
             if self._lease.now() - started > _SOON_SECONDS:
                 raise
-        return await self._cache.mark(before, after, state, token=token)
+        return await self._cache.mark(writes, state, token=token)
 
 
 #: A mark that fails sooner than this did not run into its time-out.
@@ -684,6 +731,22 @@ class _NotMarked(Interrupted):
         self.state = state
         self.cause = cause
         super().__init__(str(cause))
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """An append on its way. `want_entry`: with the window that it leaves."""
+
+    append: Append
+    want_entry: bool = False
+
+
+@dataclass(slots=True)
+class _Written:
+    """A committed append, and what became of its publish; None: nobody tried, or Redis was out."""
+
+    committed: Committed
+    published: Published | None = None
 
 
 @dataclass(slots=True)

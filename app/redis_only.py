@@ -14,7 +14,7 @@ What Redis-only mode costs is in `docs/redis-only.md`: a row owned by Redis whos
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from secrets import token_hex
 from typing import Literal, TypeVar
@@ -60,15 +60,14 @@ class RedisOnlyChatSessionStore:
         self._messages_max = messages_max
 
     async def create_session(self, user_id: str) -> SessionRead:
-        async def set_entry(row: Row, state: CacheState) -> None:
-            self._refuse_other_modes(state)
-            token = token_hex(8)
-            await self._redis.offer(row, (), token=token)
-            tokens.append(token)
+        token = token_hex(8)
 
-        tokens: list[str] = []
-        row = await self._durable.create(user_id, owner="redis", before_commit=set_entry)
-        await self._redis.settle(row.session.session_id, token=tokens[0])
+        async def set_entry(rows: Sequence[Row], state: CacheState) -> None:
+            self._refuse_other_modes(state)
+            await self._redis.offer(rows[0], (), token=token)
+
+        (row,) = await self._durable.create([user_id], owner="redis", before_commit=set_entry)
+        await self._redis.settle(row.session.session_id, token=token)
         return SessionRead(session=row.session, source="redis")
 
     async def get_session(

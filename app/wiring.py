@@ -261,6 +261,7 @@ async def open_stores(
                 serve_unverified=settings.pg_outage_reads == "serve",
                 verify=settings.cache_verify,
             )
+            stack.push_async_callback(hybrid.close)
             auditor = Auditor(durable, cache, hybrid, messages_max=settings.session_max_messages)
         yield Stores(
             database=database,

@@ -106,13 +106,12 @@ class UnmarkedCache(RedisSessionCache):
 
     async def mark(
         self,
-        before: Row,  # noqa: ARG002 - in the place of one that needs it
-        after: Row,  # noqa: ARG002 - as above
-        state: CacheState,  # noqa: ARG002 - as above
+        writes: Sequence[tuple[Row, Row]],
+        state: CacheState,  # noqa: ARG002 - in the place of one that needs it
         *,
         token: str,  # noqa: ARG002 - as above
-    ) -> MarkOutcome:
-        return "marked"
+    ) -> list[MarkOutcome]:
+        return ["marked"] * len(writes)
 
 
 @asynccontextmanager

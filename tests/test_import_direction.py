@@ -13,7 +13,7 @@ import pytest
 
 PROJECT = Path(__file__).parents[1]
 
-DOMAIN = {"chat", "errors", "store", "tasks"}
+DOMAIN = {"chat", "errors", "store", "tasks", "batching"}
 
 # part of app -> the other parts that it may import, from the lowest layer to the highest
 MAY_IMPORT = {
@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "errors": set(),
     "store": {"chat", "errors"},
     "tasks": set(),
+    "batching": {"errors"},
     "coherence": DOMAIN,
     "hybrid": DOMAIN | {"coherence"},
     "postgres": DOMAIN | {"coherence"},

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from uuid import UUID
 
 from app.chat import ChatSession, Message, NewMessage, SessionStatus
-from app.errors import DurableStoreUnavailable
+from app.errors import ChatError, DurableStoreUnavailable
 from app.store import Append, BeginTurn, Cursor, FinishTurn, History, SessionPage, StoreHealth, Turn
 
 Owner = Literal["postgres", "redis"]
@@ -197,7 +197,8 @@ CachedValue = Entry | GuideEntry | Unreadable | None
 #: 'touched': there was no entry to mark, and a fill that was under way is aborted. 'foreign': something
 #: that is not ours, and may be the guide's.
 MarkOutcome = Literal["marked", "touched", "redis-owned", "foreign"]
-PublishOutcome = Literal["published", "absent", "behind", "redis-owned"]
+#: 'refused': Redis answered with an error, as when it is out of memory.
+PublishOutcome = Literal["published", "absent", "behind", "redis-owned", "refused"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,20 +281,24 @@ class SessionCache(Protocol):
         """The value; slides its time to live."""
         ...
 
-    async def mark(self, before: Row, after: Row, state: CacheState, *, token: str) -> MarkOutcome:
-        """Makes the entry dirty for a write that will be committed; touches an absent key."""
+    async def mark(
+        self, writes: Sequence[tuple[Row, Row]], state: CacheState, *, token: str
+    ) -> list[MarkOutcome]:
+        """Makes the entries dirty for writes that will be committed, rows before and after; touches an absent key."""
         ...
 
-    async def publish(self, committed: Committed, state: CacheState, *, want_entry: bool) -> Published:
-        """Carries a committed append to the entry, only if that stands exactly before it."""
+    async def publish(
+        self, writes: Sequence[Committed], state: CacheState, *, want_entries: Sequence[bool]
+    ) -> list[Published]:
+        """Carries each committed append to its entry, only if that stands exactly before it."""
         ...
 
-    async def skeleton(self, row: Row, state: CacheState, *, token: str) -> None:
-        """Sets a dirty entry for a session that is being created, only if there is none."""
+    async def skeleton(self, rows: Sequence[Row], state: CacheState, *, token: str) -> None:
+        """Sets dirty entries for sessions that are being created, each only if there is none."""
         ...
 
-    async def settle(self, session_id: UUID, state: CacheState, *, token: str) -> None:
-        """Makes a skeleton clean, only if nobody has marked it since."""
+    async def settle(self, session_ids: Sequence[UUID], state: CacheState, *, token: str) -> None:
+        """Makes skeletons clean, each only if nobody has marked it since."""
         ...
 
     async def remove(self, session_id: UUID, state: CacheState) -> bool:
@@ -316,8 +321,10 @@ class Fence(Protocol):
         """After the row lock, with the state as it is then. Raises `Interrupted` to roll back."""
         ...
 
-    async def mark(self, before: Row, after: Row, state: CacheState) -> None:
-        """Beside the insert, before the commit. Raises to roll back: no mark, no commit."""
+    async def mark(self, writes: Sequence[tuple[Row, Row]], state: CacheState) -> Sequence[ChatError | None]:
+        """Beside the insert, before the commit, with the rows before and after. Raises to roll back: no mark, no
+        commit. An error in a write's place says that this one must not be committed.
+        """
         ...
 
 
@@ -366,16 +373,27 @@ class DurableStore(Protocol):
     """
 
     async def create(
-        self, user_id: str, *, owner: Owner, before_commit: Callable[[Row, CacheState], Awaitable[None]]
-    ) -> Row: ...
+        self,
+        user_ids: Sequence[str],
+        *,
+        owner: Owner,
+        before_commit: Callable[[Sequence[Row], CacheState], Awaitable[None]],
+    ) -> list[Row]:
+        """A new session for each, in one transaction."""
+        ...
 
     async def lookup(self, session_id: UUID) -> tuple[Row | None, CacheState]:
         """The row and the state as one statement sees them."""
         ...
 
-    async def commit(self, append: Append, fence: Fence) -> Committed:
-        """One transaction: lock, state, `fence.admit`, checks in the contract's order, append beside
-        `fence.mark`, commit. A request that is stored already is not marked again.
+    async def commit(
+        self, appends: Sequence[Append], fence: Fence, *, waits: bool
+    ) -> list[Committed | Exception]:
+        """One transaction for all, of different sessions: lock, state, `fence.admit`, checks in the contract's order,
+        appends beside `fence.mark`, commit. A request that is stored already is not marked again. What one append
+        fails with stands in its place, and keeps no other from being committed.
+
+        Without `waits` a session whose row another has locked is `RowBusy`.
         """
         ...
 

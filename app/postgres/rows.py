@@ -1,10 +1,11 @@
 """Rows of the database to values of the domain, and back."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, Protocol
 from uuid import UUID
 
-from app.chat import ChatSession, Message, session_month
+from app.chat import ChatSession, Message, NewMessage, session_month
 from app.coherence.ports import CacheState, Row
 
 _SMALLINT_MAX = 2**15 - 1
@@ -62,30 +63,35 @@ class MessageColumns:
     def __init__(self) -> None:
         self.arrays: tuple[list[Any], ...] = tuple([] for _ in range(12))
 
-    def add(self, session_id: UUID, message: Message) -> None:
-        processing_time_ms, source_count = _facts(message)
-        digest = message.request_digest
-        values = (
-            session_id,
-            session_month(session_id),
-            message.seq,
-            message.message_id,
-            message.role,
-            message.content,
-            message.created_at,
-            processing_time_ms,
-            source_count,
-            message.metadata,
-            bytes.fromhex(digest) if digest is not None else None,
-            message.request_size,
-        )
-        for array, value in zip(self.arrays, values, strict=True):
-            array.append(value)
+    def add(self, session_id: UUID, messages: Sequence[NewMessage], *, first_seq: int) -> None:
+        """Messages of one session, the first of them with `first_seq`."""
+        month = session_month(session_id)
+        for seq, message in enumerate(messages, first_seq):
+            processing_time_ms, source_count = _facts(message)
+            digest = message.request_digest
+            values = (
+                session_id,
+                month,
+                seq,
+                message.message_id,
+                message.role,
+                message.content,
+                message.created_at,
+                processing_time_ms,
+                source_count,
+                message.metadata,
+                bytes.fromhex(digest) if digest is not None else None,
+                message.request_size,
+            )
+            for array, value in zip(self.arrays, values, strict=True):
+                array.append(value)
 
 
-def _facts(message: Message) -> tuple[int | None, int | None]:
+def _facts(message: NewMessage) -> tuple[int | None, int | None]:
     """What analytics asks of an assistant's answer, where its metadata says it in the usual way."""
     if message.role != "assistant":
+        return None, None
+    if message.metadata == "{}":
         return None, None
     metadata = json.loads(message.metadata)
     elapsed, sources = metadata.get("processing_time_ms"), metadata.get("sources")

@@ -14,6 +14,12 @@ SELECT {_SESSION} FROM chat.chat_sessions
 WHERE session_id = ANY($1::uuid[]) ORDER BY session_id FOR NO KEY UPDATE
 """
 
+# The same, without those that somebody else has locked: a batch waits for nobody.
+LOCK_FREE_SESSIONS = LOCK_SESSIONS.rstrip() + " SKIP LOCKED\n"
+
+# Of those that were not locked: which are there, and only somebody else's now.
+SESSIONS_THERE = "SELECT session_id FROM chat.chat_sessions WHERE session_id = ANY($1::uuid[])"
+
 LOCK_SESSION_FOR_DELETE = f"""
 SELECT {_SESSION} FROM chat.chat_sessions WHERE session_id = $1 FOR UPDATE
 """
@@ -118,15 +124,19 @@ SELECT token, leased_until > clock_timestamp() AS held,
 FROM chat.chat_turns WHERE session_id = $1 AND message_id = $2 FOR UPDATE
 """
 
-HOLD_TURN = """
+HOLD_TURNS = """
 INSERT INTO chat.chat_turns (session_id, message_id, token, leased_until)
-VALUES ($1, $2, $3, clock_timestamp() + make_interval(secs => $4))
+SELECT w.session_id, w.message_id, w.token, clock_timestamp() + make_interval(secs => w.lease_seconds)
+FROM unnest($1::uuid[], $2::uuid[], $3::uuid[], $4::float8[]) AS w(session_id, message_id, token, lease_seconds)
 ON CONFLICT ON CONSTRAINT chat_turns_pkey DO UPDATE
 SET token = excluded.token, leased_until = excluded.leased_until
 """
 
-RELEASE_TURN = """
-DELETE FROM chat.chat_turns WHERE session_id = $1 AND message_id = $2 AND token = $3 RETURNING 1
+RELEASE_TURNS = """
+DELETE FROM chat.chat_turns t
+USING unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w(session_id, message_id, token)
+WHERE t.session_id = w.session_id AND t.message_id = w.message_id AND t.token = w.token
+RETURNING t.session_id
 """
 
 DELETE_MESSAGES = "DELETE FROM chat.chat_messages WHERE session_id = $1 AND session_month = $2"

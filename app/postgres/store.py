@@ -5,7 +5,7 @@ One public method is one transaction, opened and committed inside it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -14,6 +14,7 @@ from uuid import UUID
 import asyncpg
 from sqlalchemy import func, or_, select, tuple_
 
+from app.batching import Batcher
 from app.chat import (
     CHAIN_START,
     ChatSession,
@@ -25,12 +26,14 @@ from app.chat import (
     session_month,
     utc_now,
 )
+from app.coherence.batches import CREATIONS, WriteBatches, size_of
 from app.coherence.ports import (
     Adopted,
     CacheState,
     CacheTrusted,
     Committed,
     Fence,
+    Interrupted,
     ModeChanged,
     Owner,
     Row,
@@ -141,7 +144,7 @@ class _Locked:
         if new:
             # Keeps the time of the last word, which may be long ago.
             after = _after(row, new, last_activity=session.last_activity)
-            await _store(self._conn, session_id, new, row, after)
+            await _store(self._conn, [(new, row, after)])
             row = after
         self.row = row
         gone = max(0, session.message_count - row.session.message_count)
@@ -163,15 +166,15 @@ class PostgresChatSessionStore:
         self._database = database
         self._ttl = timedelta(seconds=ttl_seconds)
         self._fence = fence or _NoCache()
+        self._writes: WriteBatches[Append, Committed] = WriteBatches(
+            self._commit_fenced, session_of=lambda append: append.session_id, size=size_of
+        )
+        self._creations: Batcher[str, Row] = Batcher(self._create_unfenced, bounds=CREATIONS)
 
     # -- the public contract
 
     async def create_session(self, user_id: str) -> SessionRead:
-        async def nothing(_row: Row, state: CacheState) -> None:
-            # Nobody can have a copy of what is only being made: there is nothing to fence.
-            pass
-
-        row = await self.create(user_id, owner="postgres", before_commit=nothing)
+        row = await self._creations.submit(user_id)
         return SessionRead(session=row.session, source="postgres")
 
     async def get_session(
@@ -202,7 +205,7 @@ class PostgresChatSessionStore:
         return History(session=session, first_seq=last - len(lines) + 1, lines=lines, source="postgres")
 
     async def append(self, append: Append) -> Appended:
-        committed = await self.commit(append, self._fence)
+        committed = await self._writes.submit(append)
         return Appended(
             session=committed.after.session,
             first_seq=committed.first_seq,
@@ -212,7 +215,7 @@ class PostgresChatSessionStore:
         )
 
     async def begin_turn(self, append: Append, *, window: int) -> Turn:
-        committed = await self.commit(append, self._fence)
+        committed = await self._writes.submit(append)
         turn = turn_of(append, committed)
         if turn.answer is not None:
             return turn
@@ -270,7 +273,7 @@ class PostgresChatSessionStore:
     async def delete_session(self, session_id: UUID, *, user_id: str | None = None) -> ChatSession:
         async def fenced(row: Row, state: CacheState) -> None:
             self._fence.admit(state)
-            await self._fence.mark(row, row, state)
+            await self._fence.mark([(row, row)], state)
 
         return (await self.delete(session_id, user_id=user_id, before_commit=fenced)).session
 
@@ -288,17 +291,41 @@ class PostgresChatSessionStore:
         return self._database.seconds_since_heard()
 
     async def create(
-        self, user_id: str, *, owner: Owner, before_commit: Callable[[Row, CacheState], Awaitable[None]]
-    ) -> Row:
+        self,
+        user_ids: Sequence[str],
+        *,
+        owner: Owner,
+        before_commit: Callable[[Sequence[Row], CacheState], Awaitable[None]],
+    ) -> list[Row]:
         now = utc_now()
-        session = ChatSession(
-            session_id=new_uuid(), user_id=user_id, created_at=now, last_activity=now, message_count=0
-        )
-        row = Row(session=session, chain=CHAIN_START, owner=owner)
+        rows = [
+            Row(
+                session=ChatSession(
+                    session_id=new_uuid(), user_id=user_id, created_at=now, last_activity=now, message_count=0
+                ),
+                chain=CHAIN_START,
+                owner=owner,
+            )
+            for user_id in user_ids
+        ]
+        count = len(rows)
         async with self._database.transaction() as conn:
-            state = await conn.fetchrow(statements.CREATE, [session.session_id], [user_id], [now], [owner])
-            await before_commit(row, _state(state))
-        return row
+            state = await conn.fetchrow(
+                statements.CREATE,
+                [row.session.session_id for row in rows],
+                list(user_ids),
+                [now] * count,
+                [owner] * count,
+            )
+            await before_commit(rows, _state(state))
+        return rows
+
+    async def _create_unfenced(self, user_ids: Sequence[str]) -> list[Row]:
+        async def nothing(_rows: Sequence[Row], state: CacheState) -> None:
+            # Nobody can have a copy of what is only being made: there is nothing to fence.
+            pass
+
+        return await self.create(user_ids, owner="postgres", before_commit=nothing)
 
     async def lookup(self, session_id: UUID) -> tuple[Row | None, CacheState]:
         async with self._database.connection() as conn:
@@ -325,54 +352,89 @@ class PostgresChatSessionStore:
             await make_partitions(self._database, [session_month(session_id)])
             raise RowBusy from exc
 
-    async def commit(self, append: Append, fence: Fence) -> Committed:
-        try:
-            return await self._commit(append, fence)
-        except asyncpg.CheckViolationError as exc:
-            if not is_missing_partition(exc):
-                raise
-        # Nothing was written. An id of a month that nobody made a partition for ahead of time.
-        await make_partitions(self._database, [session_month(append.session_id)])
-        return await self._commit(append, fence)
-
-    async def _commit(self, append: Append, fence: Fence) -> Committed:
-        async with self._database.transaction() as conn:
-            record = await conn.fetchrow(statements.LOCK_SESSIONS, [append.session_id])
-            # Rule 4: read after the row lock.
-            state, stored = await self._state_and_stored(conn, append)
-            row = visible(row_of(record) if record else None, append.user_id, None)
-            fence.admit(state)
-            if stored and not isinstance(append.turn, FinishTurn):
-                return await _replay(conn, append, row, stored)
-            if append.if_match is not None and append.if_match != row.session.message_count:
-                raise SeqMismatch(row.session.message_count)
-            await _step_turn(conn, append)
-            after = _after(row, append.messages)
-            # Rule 1. Beside the insert: one of the two round trips is for nothing.
-            marking = asyncio.ensure_future(fence.mark(row, after, state))
+    async def commit(
+        self, appends: Sequence[Append], fence: Fence, *, waits: bool
+    ) -> list[Committed | Exception]:
+        outcomes: dict[int, Committed | Exception] = {}
+        made_partitions = False
+        while len(outcomes) < len(appends):
+            left = [index for index in range(len(appends)) if index not in outcomes]
             try:
-                await _store(conn, append.session_id, append.messages, row, after)
-            finally:
-                # Not left behind to run into the next transaction on this session; and looked at, also where the
-                # insert has failed, or asyncio would report its error as nobody's.
-                await asyncio.wait([marking])
-                not_marked = marking.exception()
-            if not_marked is not None:
-                raise not_marked
-            return _committed(append.messages, row, after, state)
+                done = await self._commit([appends[index] for index in left], fence, waits=waits)
+            except _Refused as refused:
+                # Rolled back, and the others once more without these.
+                outcomes.update((left[index], exc) for index, exc in refused.writes.items())
+            except asyncpg.CheckViolationError as exc:
+                if made_partitions or not is_missing_partition(exc):
+                    raise
+                # Nothing was written. An id of a month that nobody made a partition for ahead of time.
+                months = {session_month(appends[index].session_id) for index in left}
+                await make_partitions(self._database, sorted(months))
+                made_partitions = True
+            else:
+                outcomes.update(zip(left, done, strict=True))
+        return [outcomes[index] for index in range(len(appends))]
+
+    async def _commit_fenced(self, appends: list[Append], *, waits: bool) -> list[Committed | Exception]:
+        return await self.commit(appends, self._fence, waits=waits)
+
+    async def _commit(
+        self, appends: Sequence[Append], fence: Fence, *, waits: bool
+    ) -> list[Committed | Exception]:
+        lock = statements.LOCK_SESSIONS if waits else statements.LOCK_FREE_SESSIONS
+        outcomes: list[Committed | Exception | None] = [None] * len(appends)
+        writes: list[_Write] = []
+        async with self._database.transaction() as conn:
+            records = await conn.fetch(lock, [append.session_id for append in appends])
+            rows = {record["session_id"]: row_of(record) for record in records}
+            busy = set() if waits else await _busy(conn, appends, rows)
+            # Rule 4: read after the row lock.
+            state, stored = await self._state_and_stored(conn, appends)
+            if rows:
+                fence.admit(state)
+            for index, append in enumerate(appends):
+                try:
+                    if append.session_id in busy:
+                        raise RowBusy  # noqa: TRY301 - one of the conditions that an append fails with
+                    row = visible(rows.get(append.session_id), append.user_id, None)
+                    mine = stored.get(append.session_id, {})
+                    if mine and not isinstance(append.turn, FinishTurn):
+                        outcomes[index] = await _replay(conn, append, row, mine)
+                        continue
+                    if append.if_match is not None and append.if_match != row.session.message_count:
+                        raise SeqMismatch(row.session.message_count)
+                except (ChatError, RowBusy) as exc:
+                    outcomes[index] = exc
+                else:
+                    writes.append(_Write(index, append, row, _after(row, append.messages)))
+            writes = await _step_turns(conn, writes, outcomes)
+            if writes:
+                await _store_and_mark(conn, writes, state, fence)
+        for write in writes:
+            outcomes[write.index] = _committed(write.append.messages, write.before, write.after, state)
+        return [outcome for outcome in outcomes if outcome is not None]
 
     async def _state_and_stored(
-        self, conn: asyncpg.Connection, append: Append
-    ) -> tuple[CacheState, dict[UUID, asyncpg.Record]]:
-        # Fresh UUIDv7s cannot be stored already: only a keyed request is looked for.
-        ids = [message.message_id for message in append.messages] if _keyed(append) else []
+        self, conn: asyncpg.Connection, appends: Sequence[Append]
+    ) -> tuple[CacheState, dict[UUID, dict[UUID, asyncpg.Record]]]:
+        # Fresh UUIDv7s cannot be stored already: only keyed requests are looked for.
+        ids: list[UUID] = []
+        session_ids: list[UUID] = []
+        for append in appends:
+            if _keyed(append):
+                its = [message.message_id for message in append.messages]
+                if isinstance(append.turn, BeginTurn):
+                    its.append(append.turn.answer_id)
+                ids += its
+                session_ids += [append.session_id] * len(its)
         if not ids:
             return _state(await conn.fetchrow(statements.STATE)), {}
-        if isinstance(append.turn, BeginTurn):
-            ids.append(append.turn.answer_id)
-        months = [session_month(append.session_id)] * len(ids)
-        records = await conn.fetch(statements.STATE_AND_STORED, [append.session_id] * len(ids), months, ids)
-        stored = {record["message_id"]: record for record in records if record["message_id"] is not None}
+        months = [session_month(session_id) for session_id in session_ids]
+        records = await conn.fetch(statements.STATE_AND_STORED, session_ids, months, ids)
+        stored: dict[UUID, dict[UUID, asyncpg.Record]] = {}
+        for record in records:
+            if record["message_id"] is not None:
+                stored.setdefault(record["session_id"], {})[record["message_id"]] = record
         return _state(records[0] if records else None), stored
 
     async def context(self, turn: Turn, *, window: int) -> tuple[Message, ...]:
@@ -405,7 +467,7 @@ class PostgresChatSessionStore:
     async def abandon(self, session_id: UUID, lease: FinishTurn) -> None:
         try:
             async with self._database.connection() as conn:
-                await conn.execute(statements.RELEASE_TURN, session_id, lease.question_id, lease.token)
+                await conn.execute(statements.RELEASE_TURNS, [session_id], [lease.question_id], [lease.token])
         except DurableStoreUnavailable:
             # The lease ends by itself.
             return
@@ -421,8 +483,30 @@ class _NoCache:
         if state.trusting or not state.settled:
             raise CacheTrusted(state)
 
-    async def mark(self, before: Row, after: Row, state: CacheState) -> None:
-        pass
+    async def mark(
+        self,
+        writes: Sequence[tuple[Row, Row]],
+        state: CacheState,  # noqa: ARG002 - there is nothing to mark in any
+    ) -> Sequence[ChatError | None]:
+        return [None] * len(writes)
+
+
+@dataclass(slots=True)
+class _Write:
+    """An append that will be committed: its place in the batch, and the row before and after it."""
+
+    index: int
+    append: Append
+    before: Row
+    after: Row
+
+
+class _Refused(Interrupted):
+    """Writes of a batch that must not be committed, by their place in it."""
+
+    def __init__(self, writes: dict[int, ChatError]) -> None:
+        self.writes = writes
+        super().__init__("; ".join(map(str, writes.values())))
 
 
 def _state(record: asyncpg.Record | None) -> CacheState:
@@ -484,7 +568,7 @@ async def _replay(
         held = await conn.fetchrow(statements.LOCK_TURN, append.session_id, first["message_id"])
         if held is not None and held["held"]:
             raise TurnInProgress(retry_after_seconds=max(1.0, held["left_seconds"]))
-        await _hold_turn(conn, append)
+        await _hold_turns(conn, [append])
     return Committed(
         before=row,
         after=row,
@@ -496,25 +580,65 @@ async def _replay(
     )
 
 
-async def _step_turn(conn: asyncpg.Connection, append: Append) -> None:
-    match append.turn:
-        case BeginTurn() if _keyed(append):
-            await _hold_turn(conn, append)
-        case FinishTurn(question_id=question_id, token=token):
-            if await conn.fetchval(statements.RELEASE_TURN, append.session_id, question_id, token) is None:
-                raise TurnTakenOver
+async def _busy(conn: asyncpg.Connection, appends: Sequence[Append], rows: Mapping[UUID, Row]) -> set[UUID]:
+    """The sessions that are there, and that somebody else has locked."""
+    missed = [append.session_id for append in appends if append.session_id not in rows]
+    if not missed:
+        return set()
+    return {record["session_id"] for record in await conn.fetch(statements.SESSIONS_THERE, missed)}
 
 
-async def _hold_turn(conn: asyncpg.Connection, append: Append) -> None:
-    step = append.turn
-    if isinstance(step, BeginTurn):
-        await conn.execute(
-            statements.HOLD_TURN,
-            append.session_id,
-            append.messages[0].message_id,
-            step.token,
-            step.lease_seconds,
-        )
+async def _step_turns(
+    conn: asyncpg.Connection, writes: list[_Write], outcomes: list[Committed | Exception | None]
+) -> list[_Write]:
+    """Takes the leases of turns that begin, and gives back those of turns that end. An answer whose lease another
+    holds by now is not among the writes that are left.
+    """
+    begins = [write.append for write in writes if isinstance(write.append.turn, BeginTurn)]
+    if keyed := [append for append in begins if _keyed(append)]:
+        await _hold_turns(conn, keyed)
+    ends = [(write, step) for write in writes if isinstance(step := write.append.turn, FinishTurn)]
+    if not ends:
+        return writes
+    records = await conn.fetch(
+        statements.RELEASE_TURNS,
+        [write.append.session_id for write, _ in ends],
+        [step.question_id for _, step in ends],
+        [step.token for _, step in ends],
+    )
+    released = {record["session_id"] for record in records}
+    late = {write.index for write, _ in ends if write.append.session_id not in released}
+    for index in late:
+        outcomes[index] = TurnTakenOver()
+    return [write for write in writes if write.index not in late]
+
+
+async def _hold_turns(conn: asyncpg.Connection, appends: Sequence[Append]) -> None:
+    steps = [(append, append.turn) for append in appends if isinstance(append.turn, BeginTurn)]
+    await conn.execute(
+        statements.HOLD_TURNS,
+        [append.session_id for append, _ in steps],
+        [append.messages[0].message_id for append, _ in steps],
+        [step.token for _, step in steps],
+        [step.lease_seconds for _, step in steps],
+    )
+
+
+async def _store_and_mark(
+    conn: asyncpg.Connection, writes: Sequence[_Write], state: CacheState, fence: Fence
+) -> None:
+    """Rule 1. The marks are made beside the insert: one of the two round trips is for nothing."""
+    rows = [(write.before, write.after) for write in writes]
+    marking = asyncio.ensure_future(fence.mark(rows, state))
+    try:
+        await _store(conn, [(write.append.messages, write.before, write.after) for write in writes])
+    finally:
+        # Not left behind to run into the next transaction on these sessions; and looked at, also where the
+        # insert has failed.
+        await asyncio.wait([marking])
+        refusals = marking.result()
+    if refused := {write.index: exc for write, exc in zip(writes, refusals, strict=True) if exc is not None}:
+        raise _Refused(refused)
 
 
 def _after(row: Row, messages: Sequence[NewMessage], *, last_activity: datetime | None = None) -> Row:
@@ -531,18 +655,16 @@ def _after(row: Row, messages: Sequence[NewMessage], *, last_activity: datetime 
     )
 
 
-async def _store(
-    conn: asyncpg.Connection, session_id: UUID, messages: Sequence[NewMessage], before: Row, after: Row
-) -> None:
+async def _store(conn: asyncpg.Connection, writes: Sequence[tuple[Sequence[NewMessage], Row, Row]]) -> None:
     columns = MessageColumns()
-    for seq, message in enumerate(messages, before.session.message_count + 1):
-        columns.add(session_id, message.at(seq))
+    for messages, before, _ in writes:
+        columns.add(before.session.session_id, messages, first_seq=before.session.message_count + 1)
     await conn.execute(
         statements.APPEND,
-        [session_id],
-        [after.session.message_count],
-        [after.chain],
-        [after.session.last_activity],
+        [after.session.session_id for _, _, after in writes],
+        [after.session.message_count for _, _, after in writes],
+        [after.chain for _, _, after in writes],
+        [after.session.last_activity for _, _, after in writes],
         *columns.arrays,
     )
 

@@ -1,13 +1,18 @@
 """The hybrid store's cache: entries in the guide's layout, each step atomic, each socket bound to one Redis."""
 
 import asyncio
+import logging
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 from redis.asyncio.client import Pipeline
-from redis.exceptions import WatchError
+from redis.exceptions import ResponseError, WatchError
 
+from app.batching import Batcher, Bounds
 from app.chat import format_time
 from app.coherence.ports import (
     CachedValue,
@@ -22,10 +27,20 @@ from app.coherence.ports import (
     Row,
     Watch,
 )
-from app.redis_sessions.client import SOCKET_ERRORS, BoundedRedis, WrongType, create_redis, get_bytes
+from app.redis_sessions.client import (
+    SOCKET_ERRORS,
+    BoundedRedis,
+    WrongType,
+    create_redis,
+    get_bytes,
+    is_wrong_type,
+    refusal,
+)
 from app.redis_sessions.codec import FIELDS, PENDING_MAX, decode, encode
 from app.redis_sessions.keys import session_key
 from app.store import StoreHealth
+
+log = logging.getLogger("chat_sessions.redis")
 
 
 def newest_that_fit(lines: Sequence[str], bytes_max: int) -> Sequence[str]:
@@ -59,30 +74,32 @@ class RedisSessionCache:
         self._database = database
         self._timeout_seconds = timeout_seconds
         self._any = self._connect(None)
-        self._bound: dict[str, BoundedRedis] = {}
+        self._reaches: dict[str, _Reach] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._ttl_ms = ttl_seconds * 1000
         self._messages_max = messages_max
         self._bytes_max = bytes_max
 
     async def close(self) -> None:
-        await asyncio.gather(
-            *self._closing, *(bounded.redis.aclose() for bounded in (self._any, *self._bound.values()))
-        )
+        bounded = [self._any, *(reach.bounded for reach in self._reaches.values())]
+        await asyncio.gather(*self._closing, *(one.redis.aclose() for one in bounded))
 
     def _to(self, state: CacheState) -> BoundedRedis:
+        return self._reach(state).bounded
+
+    def _reach(self, state: CacheState) -> "_Reach":
         """The pool whose sockets have proved to be the Redis of `state`."""
         identity = state.redis_identity
         if identity is None:
             raise CacheMoved(None)
-        if identity not in self._bound:
+        if (reach := self._reaches.get(identity)) is None:
             # The one before stays for callers that are still under its epoch, the one before that goes.
-            for old in list(self._bound)[:-1]:
-                task = asyncio.ensure_future(self._bound.pop(old).redis.aclose())
+            for old in list(self._reaches)[:-1]:
+                task = asyncio.ensure_future(self._reaches.pop(old).bounded.redis.aclose())
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
-            self._bound[identity] = self._connect(identity)
-        return self._bound[identity]
+            reach = self._reaches[identity] = _Reach(self._connect(identity), ttl_ms=self._ttl_ms)
+        return reach
 
     def _connect(self, identity: str | None) -> BoundedRedis:
         redis = create_redis(
@@ -91,64 +108,78 @@ class RedisSessionCache:
         return BoundedRedis(redis, timeout_seconds=self._timeout_seconds)
 
     async def get(self, session_id: UUID, state: CacheState) -> CachedValue:
-        async with self._to(state).step() as redis:
-            try:
-                # A write command, so that a replica refuses it instead of answering from the past.
-                value = await get_bytes(redis.getex(session_key(session_id), px=self._ttl_ms))
-            except WrongType:
-                return None
-        return decode(value, session_id) if value is not None else None
+        return await self._reach(state).gets.submit(_Get(session_id, time.monotonic()))
 
-    async def mark(self, before: Row, after: Row, state: CacheState, *, token: str) -> MarkOutcome:
-        outcome: MarkOutcome = (
-            await self._to(state).script(
-                "mark",
-                [session_key(after.session.session_id)],
-                [
-                    state.epoch,
-                    f"{before.session.message_count:010d}",
-                    before.chain.hex(),
-                    f"{after.session.message_count:010d}",
-                    token,
-                    self._ttl_ms,
-                ],
-                # Whether Redis is out is for this very command to find out: it decides on the epoch.
-                urgent=True,
-            )
-        ).decode()
-        return outcome
-
-    async def publish(self, committed: Committed, state: CacheState, *, want_entry: bool) -> Published:
-        before, after = committed.before, committed.after
-        session_id = after.session.session_id
-        outcome, *rest = await self._to(state).script(
-            "publish",
-            [session_key(session_id)],
+    async def mark(
+        self, writes: Sequence[tuple[Row, Row]], state: CacheState, *, token: str
+    ) -> list[MarkOutcome]:
+        replies = await self._to(state).scripts(
+            "mark",
             [
-                state.epoch,
-                f"{before.session.message_count:010d}",
-                before.chain.hex(),
-                f"{after.session.message_count:010d}",
-                after.chain.hex(),
-                ",\n".join(committed.lines),
-                format_time(after.session.last_activity),
-                self._ttl_ms,
-                self._messages_max,
-                self._bytes_max,
-                int(want_entry),
+                (
+                    (session_key(after.session.session_id),),
+                    (
+                        state.epoch,
+                        f"{before.session.message_count:010d}",
+                        before.chain.hex(),
+                        f"{after.session.message_count:010d}",
+                        token,
+                        self._ttl_ms,
+                    ),
+                )
+                for before, after in writes
+            ],
+            # Whether Redis is out is for this very command to find out: it decides on the epoch.
+            urgent=True,
+        )
+        return [_answered(reply).decode() for reply in replies]
+
+    async def publish(
+        self, writes: Sequence[Committed], state: CacheState, *, want_entries: Sequence[bool]
+    ) -> list[Published]:
+        replies = await self._to(state).scripts(
+            "publish",
+            [
+                (
+                    (session_key(after.session.session_id),),
+                    (
+                        state.epoch,
+                        f"{before.session.message_count:010d}",
+                        before.chain.hex(),
+                        f"{after.session.message_count:010d}",
+                        after.chain.hex(),
+                        ",\n".join(committed.lines),
+                        format_time(after.session.last_activity),
+                        self._ttl_ms,
+                        self._messages_max,
+                        self._bytes_max,
+                        int(want_entry),
+                    ),
+                )
+                for committed, want_entry in zip(writes, want_entries, strict=True)
+                for before, after in [(committed.before, committed.after)]
             ],
         )
-        name: PublishOutcome = outcome.decode()
-        value = decode(rest[0], session_id) if rest else None
-        return Published(outcome=name, entry=value if isinstance(value, Entry) else None)
+        return [
+            _published(reply, committed.after.session.session_id)
+            for reply, committed in zip(replies, writes, strict=True)
+        ]
 
-    async def skeleton(self, row: Row, state: CacheState, *, token: str) -> None:
-        value = encode(row, epoch=state.epoch, lines=(), pending=PENDING_MAX, token=token)
-        async with self._to(state).step() as redis:
-            await redis.set(session_key(row.session.session_id), value, px=self._ttl_ms, nx=True)
+    async def skeleton(self, rows: Sequence[Row], state: CacheState, *, token: str) -> None:
+        replies = await self._to(state).commands(
+            [
+                ("SET", session_key(row.session.session_id), value, "PX", self._ttl_ms, "NX")
+                for row in rows
+                for value in [encode(row, epoch=state.epoch, lines=(), pending=PENDING_MAX, token=token)]
+            ]
+        )
+        _note_refusals(replies)
 
-    async def settle(self, session_id: UUID, state: CacheState, *, token: str) -> None:
-        await self._to(state).script("settle", [session_key(session_id)], [token])
+    async def settle(self, session_ids: Sequence[UUID], state: CacheState, *, token: str) -> None:
+        replies = await self._to(state).scripts(
+            "settle", [((session_key(session_id),), (token,)) for session_id in session_ids]
+        )
+        _note_refusals(replies)
 
     async def remove(self, session_id: UUID, state: CacheState) -> bool:
         return bool(await self._to(state).script("remove", [session_key(session_id)], [], urgent=True))
@@ -192,6 +223,65 @@ class RedisSessionCache:
         except CacheOutage as exc:
             return StoreHealth(name="redis", status="warn", state=f"out, answering from PostgreSQL ({exc})")
         return StoreHealth(name="redis", status="pass", state="cache")
+
+
+class _Reach:
+    """One Redis: its sockets, and the reads that are on their way to it. What is asked for by many at once is
+    asked once: whoever joins a read that has not departed yet joins one that is newer than his call.
+    """
+
+    def __init__(self, bounded: BoundedRedis, *, ttl_ms: int) -> None:
+        self.bounded = bounded
+        self._ttl_ms = ttl_ms
+        self.gets: Batcher[_Get, CachedValue] = Batcher(
+            self._get_all, bounds=_GETS, key=lambda get: get.session_id, shares=True
+        )
+
+    async def _get_all(self, gets: Sequence["_Get"]) -> list[CachedValue | Exception]:
+        replies = await self.bounded.commands(
+            # A write command, so that a replica refuses it instead of answering from the past.
+            [("GETEX", session_key(get.session_id), "PX", self._ttl_ms) for get in gets],
+            since=gets[0].asked_at,
+        )
+        return [_cached(reply, get.session_id) for reply, get in zip(replies, gets, strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Get:
+    session_id: UUID
+    asked_at: float
+
+
+#: Few batches at once, so that they grow when many ask; and few enough entries of a MiB that one fits in memory.
+_GETS = Bounds(batches=4, items=64, size=2**62, waiting_items=16_384, waiting_size=2**62)
+
+
+def _cached(reply: Any, session_id: UUID) -> CachedValue | Exception:
+    if isinstance(reply, ResponseError):
+        return None if is_wrong_type(reply) else refusal(reply)
+    return decode(reply, session_id) if reply is not None else None
+
+
+def _published(reply: Any, session_id: UUID) -> Published:
+    if isinstance(reply, ResponseError):
+        _note_refusals([reply])
+        return Published(outcome="refused")
+    outcome: PublishOutcome = reply[0].decode()
+    value = decode(reply[1], session_id) if len(reply) > 1 else None
+    return Published(outcome=outcome, entry=value if isinstance(value, Entry) else None)
+
+
+def _note_refusals(replies: Sequence[Any]) -> None:
+    """For what is done as well as it can be: one session's error is not another's."""
+    for reply in replies:
+        if isinstance(reply, ResponseError):
+            log.debug("one of %d commands: %s", len(replies), refusal(reply))
+
+
+def _answered(reply: Any) -> Any:
+    if isinstance(reply, ResponseError):
+        raise refusal(reply) from reply
+    return reply
 
 
 class _Watch:

@@ -1,9 +1,11 @@
 """How this project talks to Redis: one client, bounded steps, scripts from their files."""
 
 import asyncio
+import hashlib
 import logging
+import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import cache
 from pathlib import Path
@@ -13,9 +15,8 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.commands.core import AsyncScript
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
+from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from app.coherence.ports import CacheMoved, CacheOutage, CacheOutOfMemory
 from app.redis_sessions.codec import lua_offsets
@@ -116,8 +117,35 @@ def script_text(name: str) -> str:
     return lua_offsets() + (_LUA / "entry.lua").read_text() + source
 
 
+@cache
+def _script(name: str) -> tuple[str, str]:
+    text = script_text(name)
+    return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
+
+
+async def _reply(connection: AbstractConnection) -> Any:
+    try:
+        # The step has a limit of its own, so none is set up for each reply.
+        return await connection.read_response(timeout=math.inf)
+    except ResponseError as exc:
+        return exc
+
+
+def refusal(exc: ResponseError) -> CacheOutage:
+    """Redis answers, so it is not out; it refused one command."""
+    # 6.2 wraps what a script met in an error of its own.
+    if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in str(exc):
+        return CacheOutOfMemory(f"redis is out of memory: {exc}")
+    log.warning("redis refused a command: %s", exc)
+    return CacheOutage(f"redis: {exc}")
+
+
 class WrongType(Exception):
     """The key holds something that is not a string, so it is no session of ours."""
+
+
+def is_wrong_type(exc: ResponseError) -> bool:
+    return str(exc).startswith("WRONGTYPE")
 
 
 async def get_bytes(command: Awaitable[Any]) -> bytes | None:
@@ -125,7 +153,7 @@ async def get_bytes(command: Awaitable[Any]) -> bytes | None:
     try:
         value: bytes | None = await command
     except ResponseError as exc:
-        if str(exc).startswith("WRONGTYPE"):
+        if is_wrong_type(exc):
             raise WrongType from exc
         raise
     return value
@@ -143,25 +171,22 @@ class BoundedRedis:
         self._timeout_seconds = timeout_seconds
         self._out_until = 0.0
         self._out = False
-        self._scripts: dict[str, AsyncScript] = {}
 
     @asynccontextmanager
-    async def step(self, *, urgent: bool = False) -> AsyncIterator[Redis]:
-        """`urgent`: tried even right after an outage that somebody else met."""
-        if not urgent and time.monotonic() < self._out_until:
+    async def step(self, *, urgent: bool = False, since: float | None = None) -> AsyncIterator[Redis]:
+        """`urgent`: tried even right after an outage that somebody else met. `since`: when its first caller began
+        to wait, on the clock of `time.monotonic`; else now.
+        """
+        now = time.monotonic()
+        if not urgent and now < self._out_until:
             raise CacheOutage("redis was out a moment ago")
         try:
-            async with asyncio.timeout(self._timeout_seconds):
+            async with asyncio.timeout(self._timeout_seconds - (now - (since or now))):
                 yield self.redis
         except ResponseError as exc:
-            # Redis answers, so it is not out. 6.2 wraps what a script met in an error of its own.
-            if isinstance(exc, OutOfMemoryError) or "OOM command not allowed" in str(exc):
-                raise CacheOutOfMemory(f"redis is out of memory: {exc}") from exc
             if isinstance(exc, ReadOnlyError):
                 self._note_outage(exc)
-            else:
-                log.warning("redis refused a command: %s", exc)
-            raise CacheOutage(f"redis: {exc}") from exc
+            raise refusal(exc) from exc
         except _OtherRedis as exc:
             raise CacheMoved(exc.identity) from exc
         except SOCKET_ERRORS as exc:
@@ -182,13 +207,50 @@ class BoundedRedis:
             raise CacheMoved(None)
         return found
 
-    async def script(self, name: str, keys: list[str], args: list[Any], *, urgent: bool = False) -> Any:
-        """Runs a script of `lua/` in one step and one round trip (two the first time)."""
-        async with self.step(urgent=urgent) as redis:
-            # Kept: making one hashes its text.
-            if name not in self._scripts:
-                self._scripts[name] = redis.register_script(script_text(name))
-            return await self._scripts[name](keys=keys, args=args)
+    async def commands(
+        self, commands: Sequence[Sequence[Any]], *, urgent: bool = False, since: float | None = None
+    ) -> list[Any]:
+        """Sends all in one round trip. A reply each, in their order; what Redis refused is its `ResponseError`."""
+        async with self.step(urgent=urgent, since=since) as redis:
+            pool = redis.connection_pool
+            connection = await pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py has no type for it
+            try:
+                await connection.send_packed_command(connection.pack_commands(commands))
+                replies = [await _reply(connection) for _ in commands]
+            finally:
+                await pool.release(connection)
+            for reply in replies:
+                if isinstance(reply, ReadOnlyError):
+                    raise reply
+            return replies
+
+    async def scripts(
+        self, name: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]], *, urgent: bool = False
+    ) -> list[Any]:
+        """Runs a script of `lua/` for each (keys, arguments), in one round trip: two where Redis does not know it yet.
+        A reply each; what Redis refused is its `ResponseError`.
+        """
+        started = time.monotonic()
+        text, digest = _script(name)
+        commands = [("EVALSHA", digest, len(keys), *keys, *args) for keys, args in calls]
+        replies = await self.commands(commands, urgent=urgent, since=started)
+        unknown = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if unknown:
+            _, *again = await self.commands(
+                [("SCRIPT LOAD", text), *(commands[index] for index in unknown)], urgent=urgent, since=started
+            )
+            for index, reply in zip(unknown, again, strict=True):
+                replies[index] = reply
+        return replies
+
+    async def script(
+        self, name: str, keys: Sequence[str], args: Sequence[Any], *, urgent: bool = False
+    ) -> Any:
+        """The same once."""
+        (reply,) = await self.scripts(name, [(keys, args)], urgent=urgent)
+        if isinstance(reply, ResponseError):
+            raise refusal(reply) from reply
+        return reply
 
     def _note_outage(self, exc: BaseException) -> None:
         self._out_until = time.monotonic() + _REST_SECONDS

@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -151,15 +151,16 @@ class Fleet:
     async def crash(self, index: int) -> None:
         """Whatever it was about to do is not done, wherever it was."""
         hybrid, beating = self.running.pop(index)
-        writes = list(hybrid.store._writes)
-        await asyncio.gather(stop(beating), *map(stop, writes))
+        store = hybrid.store
+        writes = [*store._batches.under_way, *store._creations.under_way, *store._to_their_end]
+        await stop(beating, *writes)
         await asyncio.gather(beating, *writes, return_exceptions=True)
 
     async def stop(self) -> None:
         for hybrid, beating in self.running:
             await stop(beating)
             # Writes whose caller gave up go on to their end.
-            await asyncio.gather(beating, *hybrid.store._writes, return_exceptions=True)
+            await asyncio.gather(beating, hybrid.store.close(), return_exceptions=True)
         self.running.clear()
 
 
@@ -349,7 +350,7 @@ async def history_of_a_run(
         *(run_client(fleet, logs, random.Random(chance.random()), until, outcomes) for _ in range(CLIENTS)),
     )
     for hybrid, _ in fleet.running:
-        await asyncio.gather(*hybrid.store._writes, return_exceptions=True)
+        await hybrid.store.close()
     truth = PostgresChatSessionStore(database, ttl_seconds=3600)
     found, lengths = [], {}
     for session_id, log in logs.items():
@@ -438,8 +439,8 @@ async def test_the_checker_finds_a_store_that_commits_without_a_mark(
 ) -> None:
     """A mutant: a checker that finds nothing in it is at fault."""
 
-    async def no_mark(*_: object) -> None:
-        pass
+    async def no_mark(_fence: _Fence, writes: Sequence[object], _state: object) -> list[None]:
+        return [None] * len(writes)
 
     monkeypatch.setattr(_Fence, "mark", no_mark)
 

@@ -6,9 +6,10 @@ must not: a race that the mutant survives would prove nothing. Two instances, A 
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import replace
+from hashlib import sha1
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -173,7 +174,9 @@ async def beating(instance: Hybrid) -> AsyncIterator[None]:
 
 
 def without_row_locks(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(statements, "LOCK_SESSIONS", statements.LOCK_SESSIONS.replace("FOR NO KEY UPDATE", ""))
+    for name in ("LOCK_SESSIONS", "LOCK_FREE_SESSIONS"):
+        unlocked = getattr(statements, name).replace("FOR NO KEY UPDATE", "").replace("SKIP LOCKED", "")
+        patch.setattr(statements, name, unlocked)
 
 
 def without_watch(patch: pytest.MonkeyPatch) -> None:
@@ -187,8 +190,8 @@ def without_watch(patch: pytest.MonkeyPatch) -> None:
 
 
 def without_marks(patch: pytest.MonkeyPatch) -> None:
-    async def nothing(*_: Any) -> None:
-        pass
+    async def nothing(_fence: _Fence, writes: Sequence[Any], _state: CacheState) -> list[None]:
+        return [None] * len(writes)
 
     patch.setattr(_Fence, "mark", nothing)
 
@@ -449,7 +452,7 @@ async def test_c10_two_writers_that_marked_the_same_number_are_told_apart(
     row, _ = await a.durable.lookup(session_id)
     assert row is not None
     marked = replace(row, session=replace(row.session, message_count=2))
-    await a.cache.mark(row, marked, state, token="1" * 16)
+    await a.cache.mark([(row, marked)], state, token="1" * 16)
     if mutant:
         without_watch(monkeypatch)
     b.cache.before_exec = gate = Gate()
@@ -468,8 +471,8 @@ async def test_c10_two_writers_that_marked_the_same_number_are_told_apart(
 class ForgetfulStore(PostgresChatSessionStore):
     """The commit is done, its reply is lost."""
 
-    async def commit(self, append: Append, fence: Any) -> Any:
-        await super().commit(append, fence)
+    async def commit(self, appends: Sequence[Append], fence: Any, *, waits: bool) -> Any:
+        await super().commit(appends, fence, waits=waits)
         raise CommitUnknown
 
 
@@ -502,10 +505,10 @@ async def test_c12_what_redis_holds_alone_is_adopted_not_thrown_away(
     lines = (known, new_message("in Redis alone").line(2))
     await redis.set(session_key(session_id), encode(theirs, epoch="0" * 16, lines=lines), px=100_000)
     if mutant:
+        text = client_module.script_text
+        patched = {name: text(name).replace("return 'redis-owned'", "") for name in ("mark", "publish")}
         monkeypatch.setattr(
-            client_module,
-            "script_text",
-            lambda name, text=client_module.script_text: text(name).replace("return 'redis-owned'", ""),
+            client_module, "_script", lambda name: (patched[name], sha1(patched[name].encode()).hexdigest())
         )
     await b.store.append(new_append(session_id, "3"))
 
@@ -590,7 +593,8 @@ async def test_c15_a_session_that_is_being_created_can_hide_no_append(
     """The command that caches the new session is late: it comes after the first message and an eviction."""
     late: list[bytes] = []
 
-    async def to_be_late(self: RedisSessionCache, row: Any, state: CacheState, *, token: str) -> None:
+    async def to_be_late(self: RedisSessionCache, rows: Any, state: CacheState, *, token: str) -> None:
+        (row,) = rows
         pending = 0 if mutant else row.session.message_count + 1
         late.append(encode(row, epoch=state.epoch, lines=(), pending=pending, token=token))
         raise CacheOutage("no answer in time")
@@ -610,7 +614,7 @@ async def test_c15_a_session_that_is_being_created_can_hide_no_append(
     await a.cache.remove(created.session.session_id, state)
     row, _ = await a.durable.lookup(created.session.session_id)
     assert row is not None
-    await a.cache.skeleton(row, state, token="1" * 16)
+    await a.cache.skeleton([row], state, token="1" * 16)
     value = await redis.get(session_key(created.session.session_id))
     skeleton = decode(value, created.session.session_id)
     assert isinstance(skeleton, Entry)

@@ -447,7 +447,7 @@ async def test_a_session_that_is_made_between_the_lock_and_the_look_is_no_differ
 async def make(hybrid, database, session_id, state, cache):
     """A session with an id of ours, as `create_session` makes one."""
     row = new_row(session_id)
-    await cache.skeleton(row, state, token="a" * 16)
+    await cache.skeleton([row], state, token="a" * 16)
     async with database.connection() as conn:
         await conn.execute(
             "INSERT INTO chat.chat_sessions (session_id, user_id, created_at, last_activity) VALUES ($1, $2, $3, $3)",
@@ -455,7 +455,7 @@ async def make(hybrid, database, session_id, state, cache):
             row.session.user_id,
             row.session.created_at,
         )
-    await cache.settle(session_id, state, token="a" * 16)
+    await cache.settle([session_id], state, token="a" * 16)
 
 
 async def test_four_writers_give_no_false_alarm(stack, servers, database, state, redis):

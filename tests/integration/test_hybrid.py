@@ -800,17 +800,16 @@ async def test_a_row_that_redis_owns_waits_while_redis_is_out(
     make_hybrid: MakeHybrid, database: Database, closed_url: str, verify: str, call: Call
 ) -> None:
     store = make_hybrid(url=closed_url, verify=verify).store
-    session_id = (
-        await PostgresChatSessionStore(database, ttl_seconds=1).create(
-            "user123", owner="redis", before_commit=nothing
-        )
-    ).session.session_id
+    (row,) = await PostgresChatSessionStore(database, ttl_seconds=1).create(
+        ["user123"], owner="redis", before_commit=nothing
+    )
+    session_id = row.session.session_id
 
     with pytest.raises(AdoptionPending):
         await call(store, session_id, "user123")
 
 
-async def nothing(_row: Row, _state: CacheState) -> None:
+async def nothing(_rows: Sequence[Row], _state: CacheState) -> None:
     pass
 
 
@@ -1014,7 +1013,7 @@ async def test_the_late_skeleton_of_a_session_is_not_believed(hybrid: Hybrid, re
     row = replace(new_row(session_id), session=replace(new_row(session_id).session, message_count=0))
     await redis.delete(session_key(session_id))
 
-    await hybrid.cache.skeleton(row, hybrid.lease.state, token="e" * 16)
+    await hybrid.cache.skeleton([row], hybrid.lease.state, token="e" * 16)
 
     assert await texts(store, session_id) == ["a"]
 
@@ -1029,13 +1028,16 @@ async def test_a_create_waits_for_nobodys_lease(make_hybrid: MakeHybrid, closed_
     assert (await hybrid.keeper.read()).cache == "on"
 
 
-async def test_publishes_in_the_wrong_order_end_with_the_newest_history(hybrid: Hybrid, redis: Redis) -> None:
-    store, gate = hybrid.store, Gate()
+async def test_publishes_in_the_wrong_order_end_with_the_newest_history(
+    hybrid: Hybrid, make_hybrid: MakeHybrid, verify: str
+) -> None:
+    """Of two instances: within one they keep their order."""
+    store, other, gate = hybrid.store, make_hybrid(verify=verify).store, Gate()
     session_id = await new_session(store, "a")
     hybrid.cache.publish_gates.append(gate)
     first = asyncio.create_task(store.append(new_append(session_id, "b")))
     await gate.reached.wait()
-    await store.append(new_append(session_id, "c"))
+    await other.append(new_append(session_id, "c"))
 
     gate.open.set()
     await first
@@ -1521,7 +1523,7 @@ async def test_without_redis_every_call_is_answered_by_postgres(
     warned = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
     assert [one.partition(":")[0] for one in warned[:2]] == [
         "redis is out",
-        "a write could not mark its entry",
+        "writes could not mark their entries",
     ]
     assert warned[2].startswith("cache off (was on)")
     assert len(warned) == 3

@@ -79,20 +79,20 @@ class Steps:
 
     async def mark(self, committed: Committed, *, token: str = TOKEN, epoch: str = EPOCH) -> MarkOutcome:
         state = replace(self.state, epoch=epoch)
-        return await self.cache.mark(committed.before, committed.after, state, token=token)
+        return (await self.cache.mark([(committed.before, committed.after)], state, token=token))[0]
 
     async def publish(self, committed: Committed, epoch: str = EPOCH) -> str:
         state = replace(self.state, epoch=epoch)
-        return (await self.cache.publish(committed, state, want_entry=False)).outcome
+        return (await self.cache.publish([committed], state, want_entries=[False]))[0].outcome
 
     async def published(self, committed: Committed) -> Entry | None:
-        return (await self.cache.publish(committed, self.state, want_entry=True)).entry
+        return (await self.cache.publish([committed], self.state, want_entries=[True]))[0].entry
 
     async def skeleton(self, row: Row, *, token: str = TOKEN) -> None:
-        await self.cache.skeleton(row, self.state, token=token)
+        await self.cache.skeleton([row], self.state, token=token)
 
     async def settle(self, row: Row, *, token: str = TOKEN) -> None:
-        await self.cache.settle(row.session.session_id, self.state, token=token)
+        await self.cache.settle([row.session.session_id], self.state, token=token)
 
     async def remove(self, session_id: UUID) -> bool:
         return await self.cache.remove(session_id, self.state)
@@ -1251,8 +1251,7 @@ async def test_a_cache_without_memory_is_out_and_keeps_its_entries_whole(
         before = await raw(redis, row)
         await full()
 
-        with pytest.raises(CacheOutage):
-            await cache.publish(committed_append(row, [new_message("c" * 5000)]))
+        assert await cache.publish(committed_append(row, [new_message("c" * 5000)])) == "refused"
         with pytest.raises(CacheOutage):
             await fill(cache, row, [])
 

@@ -60,6 +60,7 @@ BEGUN = ["BEGIN", "lock session", "state and stored", "hold turn", "append", "CO
 FINISHED = ["BEGIN", "lock session", "state", "release turn", "append", "COMMIT"]
 LOCKED = ["BEGIN", "lock session", "state", "COMMIT"]
 LOCKED_NOT_FOUND = ["BEGIN", "lock session", "state", "ROLLBACK"]
+WRITE_NOT_FOUND = ["BEGIN", "lock session", "sessions there", "state", "COMMIT"]
 LOCKED_READ = ["BEGIN", "lock session", "state", "messages", "COMMIT"]
 DELETE = [
     *("BEGIN", "lock session for delete", "state"),
@@ -120,10 +121,10 @@ COSTS: dict[str, dict[str, Cost]] = {
     "append to an entry of an older epoch": hybrid(["mark", "publish"], WRITE),
     "append to an unknown session": {
         # Redis may hold it alone.
-        **hybrid(["GETEX"], LOCKED_NOT_FOUND),
+        **hybrid(["GETEX"], WRITE_NOT_FOUND),
         "redis": (["append"], []),
         "redis over a database": (["append"], LOCKED),
-        "postgres": ([], LOCKED_NOT_FOUND),
+        "postgres": ([], WRITE_NOT_FOUND),
     },
     "message call": {
         **hybrid(["mark", "publish"] * 2, WRITE * 2),
@@ -217,7 +218,7 @@ COSTS: dict[str, dict[str, Cost]] = {
         "always": (["GETEX", *TOUCH, *FILL, "GETEX"], ["lookup", *ADOPTED_WITH_A_NEW_ROW, "lookup"]),
     },
     "append to a session that only Redis has": hybrid(
-        ["GETEX", *TOUCH, *FILL, "mark", "publish"], LOCKED_NOT_FOUND + ADOPTED_WITH_A_NEW_ROW + WRITE
+        ["GETEX", *TOUCH, *FILL, "mark", "publish"], WRITE_NOT_FOUND + ADOPTED_WITH_A_NEW_ROW + WRITE
     ),
     "history, a session that PostgreSQL owns": {
         "redis over a database": (["GETEX", "offer", "settle", "GETEX"], HANDED_OVER),
@@ -242,6 +243,7 @@ STATEMENTS = {
     r"^WITH created AS": "create",
     r"^INSERT INTO chat\.chat_sessions": "create unless there",
     r"settled FROM chat\.cache_state c WHERE id = 1$": "state",
+    r"session_id = ANY\(\$1::uuid\[\]\)$": "sessions there",
     r"LEFT JOIN chat\.chat_sessions s": "lookup",
     r"seq BETWEEN": "messages",
     r"message_id = ANY": "messages by id",

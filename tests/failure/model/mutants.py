@@ -3,7 +3,7 @@
 A mutant is a patch of the product's own code, or of what a server does for a rule.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -21,8 +21,8 @@ _Patch = tuple[Any, str, Any]
 
 
 def _no_mark() -> list[_Patch]:
-    async def mark(*_: object) -> None:
-        return
+    async def mark(_fence: object, writes: Sequence[object], _state: object) -> list[None]:
+        return [None] * len(writes)
 
     return [(app.hybrid._Fence, "mark", mark)]
 
@@ -113,13 +113,13 @@ def _always_settled() -> list[_Patch]:
 def _commit_unmarked() -> list[_Patch]:
     """Rule 5 the other way round: what can't be marked is committed all the same."""
 
-    async def mark_twice(fence: Any, before: Any, after: Any, state: Any, token: str) -> str:
+    async def mark_twice(fence: Any, writes: Any, state: Any, token: str) -> Any:
         try:
-            return await fence._cache.mark(before, after, state, token=token)
+            return await fence._cache.mark(writes, state, token=token)
         except CacheMoved:
             raise
         except CacheOutage:
-            return "marked"
+            return ["marked"] * len(writes)
 
     return [(app.hybrid._Fence, "_mark_twice", mark_twice)]
 

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from app.chat import CHAIN_START, ChatSession, Message, NewMessage, next_chain
 from app.coherence.ports import Adopted, CacheState, Committed, Fence, Owner, Row, RowBusy
-from app.errors import CommitUnknown, DurableStoreUnavailable
+from app.errors import AdoptionPending, ChatError, CommitUnknown, DurableStoreUnavailable
 from app.postgres.store import owned, visible
 from app.store import Append, History, Turn
 from tests.failure.model import messages
@@ -37,12 +37,12 @@ _Key = UUID | tuple[UUID]
 class Transaction:
     """`over` once it was committed or rolled back. `late`: its COMMIT is still to arrive."""
 
-    __slots__ = ("changes", "instance", "key", "late", "over")
+    __slots__ = ("changes", "instance", "keys", "late", "over")
 
     def __init__(self, instance: "Instance") -> None:
         self.instance = instance
         #: What it has locked: a row by its id, or the right to insert one by a tuple of it.
-        self.key: _Key | None = None
+        self.keys: list[_Key] = []
         self.changes: list[Callable[[], None]] = []
         self.over = False
         self.late = False
@@ -64,8 +64,12 @@ class Postgres:
     # Transactions
 
     def lock(self, tx: Transaction, key: _Key, got: "asyncio.Future[Row | None]", limit: float) -> None:
+        """A `limit` of 0 skips what another has locked."""
         if key not in self._holders:
             self._grant(tx, key, got)
+            return
+        if not limit:
+            got.set_result(None)
             return
         waiter = (tx, got)
         self._waiters.setdefault(key, deque()).append(waiter)
@@ -85,7 +89,7 @@ class Postgres:
         if row is None and isinstance(key, UUID):
             return False
         self._holders[key] = tx
-        tx.key = key
+        tx.keys.append(key)
         return True
 
     def end(self, tx: Transaction) -> None:
@@ -94,19 +98,17 @@ class Postgres:
             return
         tx.over = True
         tx.instance.transactions.pop(tx, None)
-        key = tx.key
-        if key is None:
-            for waiters in self._waiters.values():
-                for waiter in [one for one in waiters if one[0] is tx]:
-                    waiters.remove(waiter)
-                    _fail(waiter[1], DurableStoreUnavailable())
-            return
-        tx.key = None
-        if self._holders.get(key) is tx:
-            del self._holders[key]
-            waiters = self._waiters.get(key)
-            while waiters and not self._grant(waiters[0][0], key, waiters.popleft()[1]):
-                pass
+        for waiters in self._waiters.values():
+            for waiter in [one for one in waiters if one[0] is tx]:
+                waiters.remove(waiter)
+                _fail(waiter[1], DurableStoreUnavailable())
+        keys, tx.keys = tx.keys, []
+        for key in keys:
+            if self._holders.get(key) is tx:
+                del self._holders[key]
+                waiting = self._waiters.get(key)
+                while waiting and not self._grant(waiting[0][0], key, waiting.popleft()[1]):
+                    pass
 
     def commit(self, tx: Transaction) -> bool:
         """False: the transaction was over before."""
@@ -266,69 +268,117 @@ class ModelDurable(_Client):
         return 1.0
 
     async def create(
-        self, user_id: str, *, owner: Owner, before_commit: Callable[[Row, CacheState], Awaitable[None]]
-    ) -> Row:
-        session = ChatSession(
-            session_id=self._world.new_session_id(),
-            user_id=user_id,
-            created_at=messages.THEN,
-            last_activity=messages.THEN,
-            message_count=0,
-        )
-        row = Row(session=session, chain=CHAIN_START, owner=owner)
+        self,
+        user_ids: Sequence[str],
+        *,
+        owner: Owner,
+        before_commit: Callable[[Sequence[Row], CacheState], Awaitable[None]],
+    ) -> list[Row]:
+        rows = [
+            Row(
+                session=ChatSession(
+                    session_id=self._world.new_session_id(),
+                    user_id=user_id,
+                    created_at=messages.THEN,
+                    last_activity=messages.THEN,
+                    message_count=0,
+                ),
+                chain=CHAIN_START,
+                owner=owner,
+            )
+            for user_id in user_ids
+        ]
         tx = self._begin()
         try:
             state = await self._ask(self._in, tx)
-            tx.changes.append(lambda: self._server.insert(row))
-            await before_commit(row, state)
+            tx.changes += [partial(self._server.insert, row) for row in rows]
+            await before_commit(rows, state)
             await self._commit(tx)
         except BaseException as exc:
             await self._leave(tx, exc)
             raise
-        return row
+        return rows
 
     async def lookup(self, session_id: UUID) -> tuple[Row | None, CacheState]:
         return await self._ask(self._lookup, session_id)
 
-    async def commit(self, append: Append, fence: Fence) -> Committed:
+    async def commit(
+        self, appends: Sequence[Append], fence: Fence, *, waits: bool
+    ) -> list[Committed | Exception]:
+        outcomes: dict[UUID, Committed | Exception] = {}
+        while left := [append for append in appends if append.session_id not in outcomes]:
+            outcomes.update(await self._commit_all(left, fence, waits=waits))
+        return [outcomes[append.session_id] for append in appends]
+
+    async def _commit_all(
+        self, appends: Sequence[Append], fence: Fence, *, waits: bool
+    ) -> dict[UUID, Committed | Exception]:
+        """Only those that must not be committed, where there are such: nothing was committed then."""
         tx = self._begin()
-        session_id, message = append.session_id, append.messages[0]
+        outcomes: dict[UUID, Committed | Exception] = {}
+        writes: list[tuple[Append, Row, Row]] = []
+        limit = STATEMENT_TIMEOUT_SECONDS if waits else 0.0
         try:
-            row = await self._locked(tx, session_id, STATEMENT_TIMEOUT_SECONDS)
-            state, stored_at = await self._ask(self._state_and_stored, tx, session_id, message)
-            row = visible(row, append.user_id, None)
-            fence.admit(state)
-            if stored_at is not None:
-                await self._commit(tx)
-                return Committed(
-                    before=row, after=row, first_seq=stored_at, last_seq=stored_at, replayed=True
+            rows = {}
+            for session_id in sorted(append.session_id for append in appends):
+                rows[session_id] = await self._locked(tx, session_id, limit)
+            missed = [session_id for session_id, row in rows.items() if row is None]
+            busy = await self._ask(self._there, tx, missed) if missed and not waits else frozenset()
+            state, stored = await self._ask(self._state_and_stored, tx, appends)
+            if any(rows.values()):
+                fence.admit(state)
+            for append in appends:
+                session_id = append.session_id
+                if session_id in busy:
+                    outcomes[session_id] = RowBusy()
+                    continue
+                try:
+                    row = visible(rows[session_id], append.user_id, None)
+                except ChatError as exc:
+                    outcomes[session_id] = exc
+                    continue
+                if (seq := stored.get(session_id)) is not None:
+                    outcomes[session_id] = Committed(
+                        before=row, after=row, first_seq=seq, last_seq=seq, replayed=True
+                    )
+                else:
+                    writes.append((append, row, _after(row, append.messages[0].message_id)))
+            if writes and (refused := await self._stored_and_marked(tx, writes, state, fence)):
+                await self._leave(tx, AdoptionPending())
+                return refused
+            for append, row, after in writes:
+                message_id = append.messages[0].message_id
+                lines = (messages.line(message_id, after.session.message_count),)
+                tx.changes.append(partial(self._append, after, lines, message_id))
+                outcomes[append.session_id] = Committed(
+                    state=state,
+                    before=row,
+                    after=after,
+                    first_seq=after.session.message_count,
+                    last_seq=after.session.message_count,
+                    lines=lines,
                 )
-            before_seq = row.session.message_count
-            after = _after(row, message.message_id)
-            lines = (messages.line(message.message_id, before_seq + 1),)
-            stop = asyncio.ensure_future(fence.mark(row, after, state))
-            try:
-                await self._ask(self._in, tx)
-            except GeneratorExit:
-                raise
-            except BaseException:
-                await asyncio.wait([stop])
-                raise
-            await asyncio.wait([stop])
-            stop.result()
-            tx.changes.append(lambda: self._append(after, lines, message.message_id))
             await self._commit(tx)
         except BaseException as exc:
             await self._leave(tx, exc)
             raise
-        return Committed(
-            state=state,
-            before=row,
-            after=after,
-            first_seq=before_seq + 1,
-            last_seq=before_seq + 1,
-            lines=lines,
-        )
+        return outcomes
+
+    async def _stored_and_marked(
+        self, tx: Transaction, writes: Sequence[tuple[Append, Row, Row]], state: CacheState, fence: Fence
+    ) -> dict[UUID, Committed | Exception]:
+        rows = [(before, after) for _, before, after in writes]
+        marking = asyncio.ensure_future(fence.mark(rows, state))
+        try:
+            await self._ask(self._in, tx)
+        except GeneratorExit:
+            raise
+        except BaseException:
+            await asyncio.wait([marking])
+            raise
+        await asyncio.wait([marking])
+        refusals = zip(rows, marking.result(), strict=True)
+        return {after.session.session_id: exc for (_, after), exc in refusals if exc is not None}
 
     def locked(self, session_id: UUID) -> "_Locking":
         return _Locking(self, session_id)
@@ -404,13 +454,19 @@ class ModelDurable(_Client):
         return self._server.rows.get(session_id), self._server.lines.get(session_id, ())
 
     def _state_and_stored(
-        self, tx: Transaction, session_id: UUID, message: Any
-    ) -> tuple[CacheState, int | None]:
+        self, tx: Transaction, appends: Sequence[Append]
+    ) -> tuple[CacheState, dict[UUID, int]]:
         state = self._in(tx)
-        ids = self._server.ids.get(session_id, ())
-        if message.request_digest is None or message.message_id not in ids:
-            return state, None
-        return state, ids.index(message.message_id) + 1
+        stored = {}
+        for append in appends:
+            message, ids = append.messages[0], self._server.ids.get(append.session_id, [])
+            if message.request_digest is not None and message.message_id in ids:
+                stored[append.session_id] = ids.index(message.message_id) + 1
+        return state, stored
+
+    def _there(self, tx: Transaction, session_ids: Sequence[UUID]) -> frozenset[UUID]:
+        self._in(tx)
+        return frozenset(one for one in session_ids if one in self._server.rows)
 
     def _known(self, tx: Transaction, session_id: UUID) -> frozenset[UUID]:
         self._in(tx)

@@ -154,7 +154,7 @@ def run_publish(
     if not stands_before(entry, committed, epoch):
         return Published(outcome="behind")
     if node.full:
-        raise CacheOutOfMemory
+        return Published(outcome="refused")
     body = b",\n".join(([entry.body] if entry.body else []) + [line.encode() for line in committed.lines])
     first_seq = entry.first_seq
     surplus = committed.after.session.message_count - first_seq + 1 - messages_max
@@ -260,20 +260,34 @@ class ModelCache:
     async def get(self, session_id: UUID, state: CacheState) -> CachedValue:
         return await self._command(state, "get", run_get, session_id, self._world.plan.get_touches)
 
-    async def mark(self, before: Row, after: Row, state: CacheState, *, token: str) -> MarkOutcome:
-        return await self._command(state, "mark", run_mark, before, after, state.epoch, token)
+    # What the product sends together is carried out one by one here, as it may be, and may be cut off anywhere.
 
-    async def publish(self, committed: Committed, state: CacheState, *, want_entry: bool) -> Published:
+    async def mark(
+        self, writes: Sequence[tuple[Row, Row]], state: CacheState, *, token: str
+    ) -> list[MarkOutcome]:
+        return [
+            await self._command(state, "mark", run_mark, before, after, state.epoch, token)
+            for before, after in writes
+        ]
+
+    async def publish(
+        self, writes: Sequence[Committed], state: CacheState, *, want_entries: Sequence[bool]
+    ) -> list[Published]:
         messages_max = self._world.plan.messages_max
-        return await self._command(
-            state, "publish", run_publish, committed, state.epoch, messages_max, want_entry
-        )
+        return [
+            await self._command(
+                state, "publish", run_publish, committed, state.epoch, messages_max, want_entry
+            )
+            for committed, want_entry in zip(writes, want_entries, strict=True)
+        ]
 
-    async def skeleton(self, row: Row, state: CacheState, *, token: str) -> None:
-        await self._command(state, "skeleton", run_skeleton, row, state.epoch, token)
+    async def skeleton(self, rows: Sequence[Row], state: CacheState, *, token: str) -> None:
+        for row in rows:
+            await self._command(state, "skeleton", run_skeleton, row, state.epoch, token)
 
-    async def settle(self, session_id: UUID, state: CacheState, *, token: str) -> None:
-        await self._command(state, "settle", run_settle, session_id, token)
+    async def settle(self, session_ids: Sequence[UUID], state: CacheState, *, token: str) -> None:
+        for session_id in session_ids:
+            await self._command(state, "settle", run_settle, session_id, token)
 
     async def remove(self, session_id: UUID, state: CacheState) -> bool:
         return await self._command(state, "remove", run_remove, session_id)
