@@ -119,6 +119,21 @@ class Message(NewMessage):
         )
 
 
+def body_of(lines: Sequence[str]) -> bytes:
+    """Lines as they stand in a store one after the other. No line has a line break of its own."""
+    return ",\n".join(lines).encode()
+
+
+def lines_of(body: bytes) -> tuple[str, ...]:
+    """The lines that `body_of` has joined."""
+    return tuple(body.decode().split(",\n")) if body else ()
+
+
+def messages_of(body: bytes) -> tuple[Message, ...]:
+    """The same, each read back. Raises `ValueError` or `KeyError` for a line that is no message."""
+    return tuple(map(Message.from_line, lines_of(body)))
+
+
 def line_prefix(message_id: UUID) -> str:
     """How a message's line begins, up to its seq: the same length for every message."""
     return f'{{"message_id":"{message_id}","seq":'

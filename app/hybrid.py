@@ -44,7 +44,7 @@ from typing import Any, Literal, TypeVar
 from uuid import UUID
 
 from app.batching import Batcher
-from app.chat import ChatSession, Message, NewMessage, SessionStatus, Source
+from app.chat import ChatSession, NewMessage, SessionStatus, Source, messages_of
 from app.coherence.batches import CREATIONS, WriteBatches, concerns_all, size_of
 from app.coherence.counts import Counts
 from app.coherence.heartbeat import Heartbeat, next_state
@@ -182,7 +182,7 @@ class HybridChatSessionStore:
         entry = written.published.entry if written.published is not None else None
         page = entry.newest(window, turn.question.seq + 1) if entry is not None else None
         if page is not None:
-            return replace(turn, history=tuple(Message.from_line(line) for line in page[1]))
+            return replace(turn, history=messages_of(page[1]))
         return replace(turn, history=await self._durable.context(turn, window=window))
 
     async def finish_turn(self, turn: Turn, answer: NewMessage) -> Appended:
@@ -226,7 +226,7 @@ class HybridChatSessionStore:
         return History(
             session=view.session,
             first_seq=page[0],
-            lines=page[1],
+            body=page[1],
             source=view.source,
             freshness=view.freshness,
         )

@@ -27,7 +27,7 @@ from functools import cached_property
 from typing import Literal, Protocol
 from uuid import UUID
 
-from app.chat import ChatSession, Message, NewMessage, SessionStatus, Source
+from app.chat import ChatSession, Message, NewMessage, SessionStatus, Source, lines_of, messages_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,25 +51,30 @@ class SessionRead:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """A stretch of a session: `lines` are its messages as JSON (`app.chat`), oldest first, without gaps.
+    """A stretch of a session: its messages as JSON (`app.chat`), oldest first, without gaps.
 
-    `first_seq` is the seq of the first line, or one more than the last message's where there is none.
+    `body` has them as a store keeps them, a comma and a line break between two: what only passes through is never taken apart.
+    `first_seq` is the seq of the first one, or one more than the last message's where there is none.
     """
 
     session: ChatSession
     first_seq: int
-    lines: tuple[str, ...]
+    body: bytes
     source: Source
     freshness: Freshness = CURRENT
 
     @cached_property
+    def lines(self) -> tuple[str, ...]:
+        return lines_of(self.body)
+
+    @cached_property
     def messages(self) -> tuple[Message, ...]:
-        return tuple(Message.from_line(line) for line in self.lines)
+        return messages_of(self.body)
 
     @property
     def next_before_seq(self) -> int | None:
         """Where the page before this one ends; None at the start of what can be read."""
-        return self.first_seq if self.lines and self.first_seq > self.session.first_available_seq else None
+        return self.first_seq if self.body and self.first_seq > self.session.first_available_seq else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

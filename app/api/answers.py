@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from app.chat import json_text
 from app.store import CURRENT, Freshness, History
 
 
@@ -26,14 +25,14 @@ def history_headers(history: History) -> Mapping[str, str]:
 
 
 def history_body(history: History) -> bytes:
-    """The answer, its messages as the stores keep them: no line is decoded on the way."""
-    before = history.next_before_seq
-    return "".join(
+    """The answer, its messages as the stores keep them: no line is taken apart on the way."""
+    session, before = history.session, history.next_before_seq
+    return b"".join(
         (
-            f'{{"session_id":{json_text(str(history.session.session_id))},"messages":[',
-            ",".join(history.lines),
-            f'],"total_messages":{history.session.message_count}',
-            f',"first_available_seq":{history.session.first_available_seq}',
-            f',"next_before_seq":{before}}}' if before is not None else "}",
+            f'{{"session_id":"{session.session_id}","messages":['.encode(),
+            history.body,
+            f'],"total_messages":{session.message_count}'.encode(),
+            f',"first_available_seq":{session.first_available_seq}'.encode(),
+            f',"next_before_seq":{before}}}'.encode() if before is not None else b"}",
         )
-    ).encode()
+    )

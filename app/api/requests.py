@@ -22,11 +22,11 @@ from app.wiring import Runtime
 
 _Model = TypeVar("_Model", bound=BaseModel)
 
-_KEY = re.compile(r"[\x21-\x7e]{1,255}")
+KEY = re.compile(r"[\x21-\x7e]{1,255}")
 # Milliseconds since 1970, which 14 digits count to the year 5138, and the id.
 _CURSOR = re.compile(r"([0-9]{1,14})\.([0-9a-f]{32})")
 _WHOLE = re.compile(r"-?\d+", re.ASCII)
-_TAG = re.compile(r'"(0|[1-9][0-9]{0,9})"')
+TAG = re.compile(r'"(0|[1-9][0-9]{0,9})"')
 
 
 def _described_as(pattern: re.Pattern[str]) -> dict[str, Any]:
@@ -111,11 +111,11 @@ async def idempotency_key(
             description="1 to 255 visible ASCII characters, scoped to the session: a retry with the same key "
             "and body appends nothing and answers with the stored result",
             examples=["7f9c24e8"],
-            json_schema_extra=_described_as(_KEY),
+            json_schema_extra=_described_as(KEY),
         ),
     ] = None,
 ) -> str | None:
-    if idempotency_key is not None and not _KEY.fullmatch(_all_lines(request, "idempotency-key")):
+    if idempotency_key is not None and not KEY.fullmatch(_all_lines(request, "idempotency-key")):
         raise refused_field(
             "idempotency_key_malformed",
             "header.Idempotency-Key",
@@ -131,13 +131,13 @@ async def if_match(
         Header(
             description='`"N"`: append only if the session\'s last message has seq N',
             examples=['"2"'],
-            json_schema_extra=_described_as(_TAG),
+            json_schema_extra=_described_as(TAG),
         ),
     ] = None,
 ) -> int | None:
     if if_match is None:
         return None
-    if not (tag := _TAG.fullmatch(_all_lines(request, "if-match").strip())):
+    if not (tag := TAG.fullmatch(_all_lines(request, "if-match").strip())):
         raise refused_field(
             "if_match_malformed", "header.If-Match", 'should be one strong tag with a seq, such as "2"'
         )
@@ -173,7 +173,7 @@ async def seen_seqs(
     """The seqs that `If-None-Match` names, by weak comparison, and whether it is `*`."""
     tags = _all_lines(request, "if-none-match")
     parts = [part.strip().removeprefix("W/") for part in tags.split(",")]
-    return {int(tag[1]) for part in parts if (tag := _TAG.fullmatch(part))}, "*" in parts
+    return {int(tag[1]) for part in parts if (tag := TAG.fullmatch(part))}, "*" in parts
 
 
 Seen = Annotated[tuple[set[int], bool], Depends(seen_seqs)]
@@ -192,6 +192,27 @@ class Body(Generic[_Model]):
         return hashlib.blake2b(f"{call}\n{canonical}".encode(), digest_size=16).hexdigest()
 
 
+def parsed_body(model: type[_Model], body: bytes) -> Body[_Model]:
+    """The body as it was read. Raises `RequestRefused` that names each field that is wrong."""
+    sent = strict_json.parse(body)
+    try:
+        return Body(model.model_validate(sent), sent)
+    except ValidationError as exc:
+        errors = [
+            {
+                "path": ".".join(["body", *(str(part) for part in error["loc"])]),
+                "code": error["type"],
+                "detail": error["msg"].removeprefix("Value error, "),
+            }
+            for error in exc.errors()
+        ]
+        raise RequestRefused(
+            "validation_failed",
+            "; ".join(f"{error['path']}: {error['detail']}" for error in errors),
+            errors=errors,
+        ) from exc
+
+
 def json_body(model: type[_Model]) -> Callable[..., Awaitable[Body[_Model]]]:
     """A dependency that reads, parses and validates the body; `requestBody` of the route describes it."""
 
@@ -203,23 +224,7 @@ def json_body(model: type[_Model]) -> Callable[..., Awaitable[Body[_Model]]]:
                 f"header.Content-Type: is {content_type or 'missing'}, should be application/json",
                 status=HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             )
-        sent = strict_json.parse(await _read_bounded(request, runtime.settings.request_body_bytes_max))
-        try:
-            return Body(model.model_validate(sent), sent)
-        except ValidationError as exc:
-            errors = [
-                {
-                    "path": ".".join(["body", *(str(part) for part in error["loc"])]),
-                    "code": error["type"],
-                    "detail": error["msg"].removeprefix("Value error, "),
-                }
-                for error in exc.errors()
-            ]
-            raise RequestRefused(
-                "validation_failed",
-                "; ".join(f"{error['path']}: {error['detail']}" for error in errors),
-                errors=errors,
-            ) from exc
+        return parsed_body(model, await _read_bounded(request, runtime.settings.request_body_bytes_max))
 
     return read
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Container
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -195,6 +196,27 @@ async def read_history(
     min_seq: MinSeq = None,
 ) -> Response:
     """Follow `next_before_seq` for older ones. An `ETag` names the session's last message."""
+    return await history_of(
+        runtime,
+        session_id,
+        user_id=user_id,
+        seen=seen,
+        max_messages=max_messages,
+        before_seq=before_seq,
+        min_seq=min_seq,
+    )
+
+
+async def history_of(
+    runtime: Runtime,
+    session_id: UUID,
+    *,
+    user_id: str | None,
+    seen: tuple[Container[int], bool],
+    max_messages: int | None,
+    before_seq: int | None,
+    min_seq: int | None,
+) -> Response:
     history = await runtime.store.read_history(
         session_id,
         max_messages=max_messages or min(runtime.settings.session_max_messages, 1000),
@@ -225,6 +247,18 @@ async def append_history(
     body: Annotated[Body[RecordsIn], Depends(json_body(RecordsIn))],
 ) -> Response:
     """The assistant is not asked. With an `Idempotency-Key`, a retry appends nothing."""
+    return await append_records(runtime, session_id, body, user_id=user_id, key=key, if_match=if_match)
+
+
+async def append_records(
+    runtime: Runtime,
+    session_id: UUID,
+    body: Body[RecordsIn],
+    *,
+    user_id: str | None,
+    key: str | None,
+    if_match: int | None,
+) -> Response:
     records, settings = body.model.messages, runtime.settings
     if len(records) > settings.append_messages_max:
         raise refused_field(
@@ -276,6 +310,18 @@ async def post_message(
     """The message is stored before the assistant is asked, and stays when that fails: a retry with the same
     `Idempotency-Key` then goes on where the first attempt ended.
     """
+    return await answer_message(runtime, session_id, body, user_id=user_id, key=key, if_match=if_match)
+
+
+async def answer_message(
+    runtime: Runtime,
+    session_id: UUID,
+    body: Body[MessageIn],
+    *,
+    user_id: str | None,
+    key: str | None,
+    if_match: int | None,
+) -> Response:
     settings = runtime.settings
     text = _content("body.message", body.model.message, settings)
     if not text.strip():

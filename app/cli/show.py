@@ -6,7 +6,7 @@ from uuid import UUID
 
 import typer
 
-from app.chat import ChatSession, Message, format_time
+from app.chat import ChatSession, Message, format_time, lines_of
 from app.cli.output import Json, print_json, print_table, refusals_are_lines
 from app.cli.targets import command_settings
 from app.coherence.ports import CacheOutage, Entry, GuideEntry
@@ -51,7 +51,7 @@ async def _find(settings: Settings, session_id: UUID, count: int) -> dict[str, A
     elif entry is not None:
         session = entry.session
         page = entry.newest(min(count, session.message_count - entry.first_seq + 1), None)
-        lines = page[1] if page else ()
+        lines = lines_of(page[1]) if page else ()
     else:
         raise SessionNotFound(f"Session not found. PostgreSQL: {in_postgres}. Redis: {in_redis}.")
     return {**_facts(session), "postgres": in_postgres, "redis": in_redis, "messages": _records(lines)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 from uuid import UUID
 
-from app.chat import ChatSession, Message, NewMessage, SessionStatus
+from app.chat import ChatSession, Message, NewMessage, SessionStatus, body_of, messages_of
 from app.errors import ChatError, DurableStoreUnavailable
 from app.store import Append, BeginTurn, Cursor, FinishTurn, History, SessionPage, StoreHealth, Turn
 
@@ -137,7 +137,7 @@ class Entry:
             token=TOKEN_ZERO,
             first_seq=row.session.message_count - len(lines) + 1,
             session=row.session,
-            body=",\n".join(lines).encode(),
+            body=body_of(lines),
         )
 
     @property
@@ -148,7 +148,7 @@ class Entry:
     @property
     def messages(self) -> tuple[Message, ...]:
         """The window, each message read back. Raises `ValueError` or `KeyError` for a line that is none."""
-        return tuple(Message.from_line(line.decode()) for line in self.body.split(b",\n") if line)
+        return messages_of(self.body)
 
     def equals(self, row: Row) -> bool:
         """Same length and same chain: the same messages in the same order."""
@@ -158,20 +158,20 @@ class Entry:
             and self.session.session_id == row.session.session_id
         )
 
-    def newest(self, max_messages: int, before_seq: int | None) -> tuple[int, tuple[str, ...]] | None:
-        """The newest lines below `before_seq` with the first one's seq; None where the window is too short."""
-        last = self.session.message_count
-        if before_seq is not None:
-            last = min(last, before_seq - 1)
+    def newest(self, max_messages: int, before_seq: int | None) -> tuple[int, bytes] | None:
+        """The newest lines below `before_seq`, and the first one's seq; None where the window is too short."""
+        count = self.session.message_count
+        last = count if before_seq is None else min(count, before_seq - 1)
         first = max(1, last - max_messages + 1)
         if last < first:
-            return last + 1, ()
+            return last + 1, b""
         if first < self.first_seq:
             return None
+        if first == self.first_seq and last == count:
+            return first, self.body
         # From the end: a page of the newest needs no look at the older lines.
-        tail = self.body.rsplit(b",\n", self.session.message_count - first + 1)
-        lines = tail[-(self.session.message_count - first + 1) :][: last - first + 1]
-        return first, tuple(line.decode() for line in lines)
+        tail = self.body.rsplit(b",\n", count - first + 1)
+        return first, b",\n".join(tail[-(count - first + 1) :][: last - first + 1])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

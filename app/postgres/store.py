@@ -21,6 +21,7 @@ from app.chat import (
     Message,
     NewMessage,
     SessionStatus,
+    body_of,
     new_uuid,
     next_chain,
     session_month,
@@ -202,7 +203,9 @@ class PostgresChatSessionStore:
         session = visible(row, user_id, min_seq).session
         lines = tuple(_line(message_of(record)) for record in records if record["seq"] is not None)
         last = min(session.message_count, before - 1)
-        return History(session=session, first_seq=last - len(lines) + 1, lines=lines, source="postgres")
+        return History(
+            session=session, first_seq=last - len(lines) + 1, body=body_of(lines), source="postgres"
+        )
 
     async def append(self, append: Append) -> Appended:
         committed = await self._writes.submit(append)

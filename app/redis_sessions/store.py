@@ -21,6 +21,7 @@ from app.chat import (
     format_time,
     json_text,
     line_prefix,
+    messages_of,
     new_uuid,
     utc_now,
 )
@@ -153,8 +154,8 @@ class RedisChatSessionStore:
         user_id: str | None = None,
     ) -> History:
         entry = await self._entry(session_id, user_id, min_seq)
-        first_seq, lines = _available(entry, max_messages, before_seq)
-        return History(session=entry.session, first_seq=first_seq, lines=lines, source="redis")
+        first_seq, body = _available(entry, max_messages, before_seq)
+        return History(session=entry.session, first_seq=first_seq, body=body, source="redis")
 
     async def append(self, append: Append) -> Appended:
         written = await self._write(append, want_value=False)
@@ -182,13 +183,13 @@ class RedisChatSessionStore:
         if question is None:
             # It fell out of the window, and its answer is still there.
             question = asked.at(answer.seq - 1 if answer else written.session.message_count)
-        history: tuple[str, ...] = ()
+        history = b""
         if answer is None and written.entry is not None:
             _, history = _available(written.entry, window, question.seq + 1)
         return Turn(
             session=written.session,
             question=question,
-            history=tuple(Message.from_line(line) for line in history),
+            history=messages_of(history),
             answer=answer,
             answer_id=step.answer_id,
             lease=FinishTurn(question_id=asked.message_id, token=step.token)
@@ -468,7 +469,7 @@ def _as_truth(entry: Entry) -> Entry:
     return replace(entry, session=replace(entry.session, first_available_seq=entry.first_seq))
 
 
-def _available(entry: Entry, max_messages: int, before_seq: int | None) -> tuple[int, tuple[str, ...]]:
+def _available(entry: Entry, max_messages: int, before_seq: int | None) -> tuple[int, bytes]:
     """The newest lines below `before_seq` that the window still has."""
     last = (
         entry.session.message_count
@@ -476,7 +477,7 @@ def _available(entry: Entry, max_messages: int, before_seq: int | None) -> tuple
         else min(entry.session.message_count, before_seq - 1)
     )
     page = entry.newest(min(max_messages, max(0, last - entry.first_seq + 1)), before_seq)
-    return page or (last + 1, ())
+    return page or (last + 1, b"")
 
 
 def _split_line(message: NewMessage) -> tuple[str, str]:

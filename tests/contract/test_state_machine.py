@@ -37,7 +37,7 @@ from hypothesis.stateful import (
 )
 from redis import Redis
 
-from app.chat import ROLES, ChatSession, Message, Role, SessionStatus, Source, utc_now
+from app.chat import ROLES, ChatSession, Message, Role, SessionStatus, Source, body_of, utc_now
 from app.errors import (
     ChatError,
     IdempotencyKeyReused,
@@ -228,7 +228,7 @@ class Model:
         return History(
             session=kept.session,
             first_seq=found[0].seq if found else after_last,
-            lines=tuple(message.line(message.seq) for message in found),
+            body=body_of([message.line(message.seq) for message in found]),
             source="redis",
         )
 

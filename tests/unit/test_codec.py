@@ -8,7 +8,7 @@ from uuid import UUID
 
 import pytest
 
-from app.chat import Message, next_chain
+from app.chat import messages_of, next_chain
 from app.coherence.ports import TOKEN_ZERO, Entry, GuideEntry, Unreadable
 from app.redis_sessions.codec import (
     FIELDS,
@@ -93,9 +93,7 @@ def test_the_golden_file_reads_back() -> None:
     )
     page = entry.newest(2, None)
     assert page is not None
-    assert [Message.from_line(line) for line in page[1]] == [
-        message.at(seq) for seq, message in enumerate(MESSAGES, 101)
-    ]
+    assert messages_of(page[1]) == tuple(message.at(seq) for seq, message in enumerate(MESSAGES, 101))
 
 
 def test_every_field_stands_at_its_offset() -> None:
@@ -138,7 +136,7 @@ def test_an_empty_session_is_json_too() -> None:
 
     assert json.loads(value)["messages"] == []
     assert isinstance(entry, Entry)
-    assert (entry.first_seq, entry.body, entry.newest(10, None)) == (1, b"", (1, ()))
+    assert (entry.first_seq, entry.body, entry.newest(10, None)) == (1, b"", (1, b""))
 
 
 @pytest.mark.parametrize("user_id", ["\x01" * 256, "🙂" * 256, '"' * 256, "\u2028\\\n"])
@@ -460,5 +458,5 @@ def test_a_window_gives_a_page_only_where_it_holds_all_of_it(
 
     page = entry.newest(max_messages, before_seq)
 
-    found = None if page is None else [Message.from_line(line).seq for line in page[1]]
+    found = None if page is None else [message.seq for message in messages_of(page[1])]
     assert found == seqs

@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
-from app.chat import CHAIN_START, ChatSession, Message, NewMessage, next_chain
+from app.chat import CHAIN_START, ChatSession, Message, NewMessage, body_of, next_chain
 from app.coherence.ports import Adopted, CacheState, Committed, Fence, Owner, Row, RowBusy
 from app.errors import AdoptionPending, ChatError, CommitUnknown, DurableStoreUnavailable
 from app.postgres.store import owned, visible
@@ -423,7 +423,9 @@ class ModelDurable(_Client):
         session = visible(row, user_id, min_seq).session
         last = min(session.message_count, (before_seq or session.message_count + 1) - 1)
         lines = lines[max(0, last - max_messages) : last]
-        return History(session=session, first_seq=last - len(lines) + 1, lines=lines, source="postgres")
+        return History(
+            session=session, first_seq=last - len(lines) + 1, body=body_of(lines), source="postgres"
+        )
 
     async def _locked(self, tx: Transaction, key: _Key, limit: float) -> Row | None:
         got = self._loop.create_future()
