@@ -68,6 +68,7 @@ ONLY_IN = {
     "pydantic": {"app/api", "app/settings.py"},
     "pydantic_settings": {"app/settings.py"},
     "redis": {"app/redis_sessions"},
+    "hiredis": {"app/redis_sessions"},
     "sqlalchemy": {"app/postgres", "app/analytics", "migrations"},
     "asyncpg": {"app/postgres", "app/analytics", "app/cli/doctor.py"},
     "alembic": {"app/postgres/schema.py", "migrations"},
