@@ -113,7 +113,8 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
             application_name="chat-sessions",
             pool_size=settings.database_pool_size,
             pooler=settings.database_pooler,
-        )
+        ),
+        pooler=settings.database_pooler,
     )
     try:
         yield database

@@ -4,6 +4,7 @@ import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from typing import Literal
 from uuid import UUID, uuid4
 
 import asyncpg
@@ -20,7 +21,7 @@ from app.errors import (
     SessionNotFound,
 )
 from app.hybrid import HybridChatSessionStore
-from app.postgres.engine import Database
+from app.postgres.engine import Database, create_engine
 from app.redis_sessions.keys import session_key
 from app.store import ChatSessionStore
 from tests.factories import guide_value, keyed_append, new_append, turn_append
@@ -249,3 +250,27 @@ async def test_months_that_have_no_partition_yet_are_made_for_the_whole_batch(
 
     assert [one.last_seq for one in appended] == [1] * 4
     assert [await texts(store, one) for one in far] == [["a"]] * 3
+
+
+@pytest.mark.parametrize("pooler", ["none", "transaction"])
+async def test_a_transaction_is_durable_and_bounded_whatever_the_role_says(
+    database: Database, database_url: str, pooler: Literal["none", "transaction"]
+) -> None:
+    settings = {
+        "synchronous_commit": ("off", "on"),
+        "statement_timeout": ("1h", "3s"),
+        "idle_in_transaction_session_timeout": ("1h", "3s"),
+    }
+    async with database.connection() as conn:
+        for name, (role, _) in settings.items():
+            await conn.execute(f"ALTER ROLE CURRENT_USER SET {name} = '{role}'")
+    ours = Database(create_engine(database_url, application_name="tests", pooler=pooler), pooler=pooler)
+    try:
+        async with ours.transaction() as conn:
+            found = {name: await conn.fetchval(f"SHOW {name}") for name in settings}
+    finally:
+        await ours.close()
+        async with database.connection() as conn:
+            await conn.execute("ALTER ROLE CURRENT_USER RESET ALL")
+
+    assert found == {name: wanted for name, (_, wanted) in settings.items()}

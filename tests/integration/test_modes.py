@@ -623,7 +623,9 @@ async def test_the_holder_of_the_election_may_idle_longer_than_other_transaction
 ) -> None:
     from app.postgres import engine
 
-    monkeypatch.setattr(engine, "_BEGIN", "BEGIN; SET LOCAL idle_in_transaction_session_timeout = '100ms'")
+    monkeypatch.setitem(
+        engine._BEGIN, "none", "BEGIN; SET LOCAL idle_in_transaction_session_timeout = '100ms'"
+    )
     async with elected(lambda: open_database(settings)) as first:
         await asyncio.sleep(0.3)
         async with elected(lambda: open_database(settings)) as second:

@@ -405,8 +405,10 @@ class TestRunning:
         asked = Query(name="asked", definition="Asked.", sql="SELECT current_setting('statement_timeout')")
         monkeypatch.setattr(reports, "REPORTS", {"asked": asked})
 
-        assert (await report(database, "asked")).rows == (("3s",),)
-        assert await fetch(database, "SELECT current_setting('statement_timeout')") == [("0",)]
+        monkeypatch.setattr(reports, "_BOUNDS", text("SELECT set_config('statement_timeout', '2s', true)"))
+        assert (await report(database, "asked")).rows == (("2s",),)
+        # It ends with the report.
+        assert await fetch(database, "SELECT current_setting('statement_timeout')") == [("3s",)]
 
     async def test_a_report_can_not_write(self, store, database, monkeypatch):
         await record(store, said())
