@@ -12,8 +12,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from app import __version__
-from app.api import health, metrics, problems, sessions
-from app.api.hot import HotCalls
+from app.api import health, hot, metrics, problems, sessions
 from app.settings import Settings
 from app.wiring import open_runtime
 
@@ -49,7 +48,7 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
     problems.install(app, [route for router in routers for route in router.routes])
     for router in routers:
         app.include_router(router)
-    app.add_middleware(HotCalls)
+    hot.install(app)
     # From this service itself: a browser asks no other host for anything.
     app.mount("/docs/assets", StaticFiles(directory=Path(__file__).parent / "swagger_ui"), name="swagger")
 

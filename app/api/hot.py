@@ -11,10 +11,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
+from fastapi import FastAPI
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.problems import RequestRefused, chat_problem
+from app.api.problems import RequestRefused, chat_problem, fault_problem
 from app.api.requests import KEY, TAG, Body, parsed_body
 from app.api.schemas import MessageIn, RecordsIn
 from app.api.sessions import SEQ_MAX, answer_message, append_records, history_of
@@ -41,16 +42,22 @@ _POSTS: dict[str, tuple[type[Any], _Post]] = {
 }
 
 
+def install(app: FastAPI) -> None:
+    """In front of everything: the layers around the routes cost as much as a read from Redis."""
+    build = app.build_middleware_stack
+    app.build_middleware_stack = lambda: HotCalls(build())  # type: ignore[method-assign]  # its one hook
+
+
 class HotCalls:
-    """Middleware in front of the routes."""
+    """What is in front of the application's own layers."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         match = _PATH.fullmatch(scope["path"]) if scope["type"] == "http" else None
         if match is None:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         runtime: Runtime = scope["app"].state.runtime
         session_id, what = UUID(match[1]), match[2]
@@ -64,10 +71,12 @@ class HotCalls:
                     response = await _posted(runtime, session_id, what, body, asked)
         except ChatError as exc:
             response = chat_problem(exc)
+        except Exception as exc:  # noqa: BLE001 - as the application's outermost layer does for its routes
+            response = fault_problem(exc)
         if response is not None:
             await response(scope, receive, send)
         else:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
 
 
 async def _history(runtime: Runtime, session_id: UUID, scope: Scope) -> Response | None:

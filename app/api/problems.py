@@ -111,6 +111,12 @@ def chat_problem(exc: ChatError) -> JSONResponse:
     return problem(status, exc.code, exc.detail, headers=headers, **extra)
 
 
+def fault_problem(exc: Exception) -> JSONResponse:
+    """What is nobody's fault but ours: the log has it, the answer does not."""
+    log.error("a request failed", exc_info=exc)
+    return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the request failed inside the service")
+
+
 def _validation_problem(exc: RequestValidationError) -> JSONResponse:
     errors = [
         {
@@ -170,8 +176,7 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
         return problem(status, code, str(exc.detail), headers=headers)
 
     async def on_anything_else(_: Request, exc: Exception) -> JSONResponse:
-        log.error("a request failed", exc_info=exc)
-        return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the request failed inside the service")
+        return fault_problem(exc)
 
     app.add_exception_handler(ChatError, on_chat_error)
     app.add_exception_handler(RequestRefused, on_refused)

@@ -170,8 +170,12 @@ class Entry:
         if first == self.first_seq and last == count:
             return first, self.body
         # From the end: a page of the newest needs no look at the older lines.
-        tail = self.body.rsplit(b",\n", count - first + 1)
-        return first, b",\n".join(tail[-(count - first + 1) :][: last - first + 1])
+        start = end = len(self.body)
+        for seq in range(count, first - 1, -1):
+            start = self.body.rfind(b",\n", 0, start)
+            if seq > last:
+                end = start
+        return first, self.body[start + 2 : end] if start >= 0 else self.body[:end]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -239,7 +239,9 @@ class BoundedRedis:
         unknown = [index for index, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if unknown:
             _, *again = await self.commands(
-                [("SCRIPT", "LOAD", text), *(commands[index] for index in unknown)], urgent=urgent, since=started
+                [("SCRIPT", "LOAD", text), *(commands[index] for index in unknown)],
+                urgent=urgent,
+                since=started,
             )
             for index, reply in zip(unknown, again, strict=True):
                 replies[index] = reply

@@ -12,12 +12,13 @@ JSON string, so a script finds the borders by a plain search. A line that fell o
 """
 
 import json
-import re
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import MAXYEAR, MINYEAR, UTC, datetime
-from typing import Any, Literal
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
 from uuid import UUID, uuid5
 
 from app.chat import (
@@ -84,11 +85,40 @@ PENDING_MAX = 10 ** FIELDS["pending"][1] - 1
 #: bytes when each is escaped.
 HEAD_BYTES_MAX = USER_ID_OFFSET + 2048
 
-_HEAD = re.compile(
-    "".join(
-        re.escape(part) if isinstance(part, str) else f"(?P<{part[0]}>.{{{part[1]}}})" for part in _LAYOUT
-    ).encode(),
-)
+#: The fixed part as one record: fields and the text between them, in their order.
+_HEAD = struct.Struct("".join(f"{len(part) if isinstance(part, str) else part[1]}s" for part in _LAYOUT))
+_BETWEEN = tuple((index, part.encode()) for index, part in enumerate(_LAYOUT) if isinstance(part, str))
+_NAMES = tuple(part if isinstance(part, str) else part[0] for part in _LAYOUT)
+
+
+class _Head(NamedTuple):
+    """The fields of a head, as bytes."""
+
+    version: bytes
+    owner: bytes
+    epoch: bytes
+    seq: bytes
+    chain: bytes
+    pending: bytes
+    token: bytes
+    first_seq: bytes
+    first_offset: bytes
+    session_id: bytes
+    created_at: bytes
+    last_activity: bytes
+
+
+_FIELD_INDEXES = itemgetter(*(_NAMES.index(name) for name in _Head._fields))
+
+
+def _head(value: bytes) -> _Head | None:
+    if len(value) < _HEAD.size:
+        return None
+    parts = _HEAD.unpack_from(value)
+    for index, text in _BETWEEN:
+        if parts[index] != text:
+            return None
+    return _Head._make(_FIELD_INDEXES(parts))
 
 
 def lua_offsets() -> str:
@@ -128,10 +158,9 @@ def decode(value: bytes, session_id: UUID) -> CachedValue:
     """
     if value.startswith(_START.encode()):
         try:
-            entry = _decode_entry(value)
+            return _decode_entry(value, session_id)
         except (ValueError, KeyError, OverflowError):
             return _torn(value, session_id)
-        return entry if entry.session.session_id == session_id else None
     return _decode_guide(value, session_id)
 
 
@@ -144,34 +173,44 @@ def _torn(value: bytes, session_id: UUID) -> Unreadable | None:
     return Unreadable(why="its head and its lines don't agree")
 
 
-def decode_head(head: bytes, session_id: UUID) -> ChatSession | None:
+def decode_head(value: bytes, session_id: UUID) -> ChatSession | None:
     """The session out of the first bytes of its value, which must reach past the user id."""
-    if not (match := _HEAD.match(head)):
+    if (head := _head(value)) is None or head.session_id != str(session_id).encode():
         return None
     try:
-        session = _session(match, head[match.end() : head.index(b"\n")])
+        return _session(head, session_id, value[USER_ID_OFFSET : value.index(b"\n")])
     except (ValueError, OverflowError):
         return None
-    return session if session.session_id == session_id else None
 
 
-def _session(match: re.Match[bytes], rest_of_head: bytes) -> ChatSession:
+def _session(head: _Head, session_id: UUID, rest_of_head: bytes) -> ChatSession:
     return ChatSession(
-        session_id=UUID(match["session_id"].decode()),
-        user_id=json.loads(rest_of_head.removesuffix(_BEFORE_MESSAGES.rstrip(b"\n"))),
-        created_at=parse_time(match["created_at"].decode()),
-        last_activity=parse_time(match["last_activity"].decode()),
-        message_count=int(match["seq"]),
-        first_available_seq=int(match["first_seq"]) if match["owner"] == b"r" else 1,
+        session_id=session_id,
+        user_id=_json_string(rest_of_head.removesuffix(_BEFORE_MESSAGES.rstrip(b"\n"))),
+        created_at=parse_time(head.created_at.decode()),
+        last_activity=parse_time(head.last_activity.decode()),
+        message_count=int(head.seq),
+        first_available_seq=int(head.first_seq) if head.owner == b"r" else 1,
     )
 
 
-def _decode_entry(value: bytes) -> Entry:
-    match = _HEAD.match(value)
-    if match is None or match["version"] != VERSION.encode():
+def _json_string(text: bytes) -> str:
+    """Most are what stands between their two quotes."""
+    if text[:1] == text[-1:] == b'"' and text.count(b'"') == 2 and b"\\" not in text:  # noqa: PLR2004 - the two
+        return text[1:-1].decode()
+    value: str = json.loads(text)
+    return value
+
+
+def _decode_entry(value: bytes, session_id: UUID) -> Entry | None:
+    """None where it is another session's."""
+    head = _head(value)
+    if head is None or head.version != VERSION.encode():
         raise ValueError("head")
-    session = _session(match, value[match.end() : value.index(b"\n")])
-    first_seq, first_offset = int(match["first_seq"]), int(match["first_offset"])
+    if head.session_id != str(session_id).encode():
+        return None
+    session = _session(head, session_id, value[USER_ID_OFFSET : value.index(b"\n")])
+    first_seq, first_offset = int(head.first_seq), int(head.first_offset)
     body = value[first_offset : -len(_END)]
     line_count = body.count(b"\n") + 1 if body else 0
     # A torn or hand-edited value is no session: its head and its lines must agree.
@@ -182,11 +221,11 @@ def _decode_entry(value: bytes) -> Entry:
     ):
         raise ValueError("body")
     return Entry(
-        owner=_LETTER_OWNER[match["owner"].decode()],
-        epoch=match["epoch"].decode(),
-        chain=bytes.fromhex(match["chain"].decode()),
-        pending=int(match["pending"]),
-        token=match["token"].decode(),
+        owner=_LETTER_OWNER[head.owner.decode()],
+        epoch=head.epoch.decode(),
+        chain=bytes.fromhex(head.chain.decode()),
+        pending=int(head.pending),
+        token=head.token.decode(),
         first_seq=first_seq,
         session=session,
         body=body,

@@ -34,14 +34,14 @@ def routes_forbidden(api):
     hot_calls = api.app.middleware_stack
     while not isinstance(hot_calls, hot.HotCalls):
         hot_calls = hot_calls.app
-    behind = hot_calls._app
+    behind = hot_calls.app
 
     async def nobody(scope, _receive, _send):
         raise AssertionError(f"{scope['path']} went to the routes")
 
-    hot_calls._app = nobody
+    hot_calls.app = nobody
     yield
-    hot_calls._app = behind
+    hot_calls.app = behind
 
 
 def facts(answer):
@@ -198,3 +198,16 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_stores_nothing(api
 
     assert sent[0]["status"] == 400
     assert (await api.runtime.store.get_session(session_id)).session.message_count == 0
+
+
+async def test_a_fault_of_ours_is_a_problem_too(api, monkeypatch, caplog):
+    async def broken(*_args, **_kwargs):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(hot, "history_of", broken)
+
+    answer = await api.get(f"{SESSIONS}/{UNKNOWN}/history")
+
+    assert (answer.status_code, answer.json()["code"]) == (500, "internal")
+    assert "a bug" not in answer.text
+    assert "a request failed" in caplog.text
