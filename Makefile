@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help run test check bench chaos model clean
+.PHONY: help run test check bench bench-quick chaos model clean
 
 help: ## Say what there is to make
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,9 +20,14 @@ check: $(VENV)/.dev ## Format, lint and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.dev ## Measure the speeds and sizes that the README names
-	$(VENV)/bin/python benchmarks/start.py
-	$(VENV)/bin/python benchmarks/quick.py
+bench-quick: $(VENV)/.bench ## Measure the goals of speed against other stores, in three minutes: BENCH="--report DIR"
+	$(VENV)/bin/python benchmarks/quick.py --json build/bench-quick.json $(BENCH)
+
+bench: $(VENV)/.bench ## Measure everything, and write docs/benchmarks/: for what is published BENCH=--long
+	@status=0; \
+	$(VENV)/bin/python benchmarks/start.py || status=1; \
+	$(VENV)/bin/python benchmarks/everything.py $(BENCH) || status=1; \
+	exit $$status
 
 chaos: $(VENV)/.dev ## Break real processes under load: DURATION=seconds SEED=n, more in CHAOS="--profile flips"
 	$(VENV)/bin/python -m tests.failure.chaos --duration $(or $(DURATION),60) --seed $(or $(SEED),1) $(CHAOS)
@@ -51,3 +56,8 @@ $(VENV)/.dev: $(VENV)/bin/python requirements/dev.txt pyproject.toml
 	@$(PIP) --require-hashes -r requirements/dev.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@ $(VENV)/.run
+
+$(VENV)/.bench: $(VENV)/.dev requirements/bench.txt
+	@echo "setting up $(VENV) for the benchmarks ..."
+	@$(PIP) --require-hashes -r requirements/bench.txt
+	@touch $@

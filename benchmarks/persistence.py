@@ -51,11 +51,12 @@ from typing import Any, Literal
 from uuid import UUID
 
 import uvloop
-from quick import ANSWER, QUESTION, append_of, fdatasync_ms, turn_of
+from harness import ANSWER, QUESTION, append_of, turn_of
 from redis import Redis
 from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.retry import Retry
+from stores import fdatasync_ms
 
 from app.embedded import _find_valkey, _free_port
 from app.errors import RedisUnavailable, SessionNotFound
