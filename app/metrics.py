@@ -1,19 +1,22 @@
 """What a process says of itself to Prometheus: what it has counted, and how it stands at this moment.
 
-Nothing is registered anywhere: each answer is made from a `Runtime` and a registry that lasts as long. Every help
-text says what to do, and `docs/operations.md` says the rest.
+Nothing is registered anywhere: each answer is made from what was observed and a registry that lasts as long. Every
+help text says what to do, and `docs/operations.md` says the rest.
+
+Of several workers behind one port a scrape reaches one. That one tells of all, each series labelled with its worker:
+a sum would fall when a worker is replaced, which looks like a counter that has begun anew.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
 from app.store import StoreHealth
-from app.wiring import Runtime, ServedMode, Stores
+from app.wiring import Runtime, ServedMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,57 +90,102 @@ COUNTERS: Mapping[str, Told] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observed:
+    """A process at this moment, in values that can travel to another one. No `counts`: there is no database."""
+
+    mode: str
+    counts: Mapping[str, float]
+    trusted: bool = False
+    lease_seconds_left: float = 0.0
+
+
+def observed(runtime: Runtime) -> Observed:
+    stores = runtime.stores
+    if stores is None:
+        return Observed(mode=runtime.mode, counts={})
+    return Observed(
+        mode=runtime.mode,
+        counts={field: getattr(stores.counts, field) for field in COUNTERS},
+        trusted=stores.lease.current() is not None,
+        lease_seconds_left=stores.lease.seconds_left(),
+    )
+
+
+def exposition(
+    processes: Mapping[str, Observed | None], stores: Sequence[StoreHealth], *, accept: str
+) -> tuple[bytes, str]:
+    """The metrics in the format that is asked for, and its content type. `stores` as they are now.
+
+    `processes` by the worker's number; None: it did not answer. The only process of a service is named "".
+    """
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_ObservedCollector(processes, stores))
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
+
+
 @dataclass(frozen=True, eq=False)
-class _RuntimeCollector(Collector):
-    runtime: Runtime
+class _ObservedCollector(Collector):
+    processes: Mapping[str, Observed | None]
     stores: Sequence[StoreHealth]
 
     def collect(self) -> Iterable[Metric]:
-        yield _labelled(
+        answered = [(_worker(name), one) for name, one in self.processes.items() if one is not None]
+        yield _gauge(
             "chat_mode",
             "Who owns the data: 1 for the mode of this moment. "
             "`draining` that does not end waits for Redis or for `chat-sessions adopt`.",
-            "mode",
-            {mode: float(mode == self.runtime.mode) for mode in get_args(ServedMode)},
+            (
+                ({"mode": mode, **worker}, float(mode == one.mode))
+                for worker, one in answered
+                for mode in get_args(ServedMode)
+            ),
         )
-        yield _labelled(
+        yield _gauge(
             "chat_store_up",
             "Whether a store does all of its work, asked for this answer. "
             "0: GET /health/ready says what is the matter with it.",
-            "store",
-            {one.name: float(one.status == "pass") for one in self.stores},
+            (({"store": one.name}, float(one.status == "pass")) for one in self.stores),
         )
-        if self.runtime.stores is not None:
-            yield from _coherence(self.runtime.stores)
+        if "" not in self.processes:
+            yield _gauge(
+                "chat_worker_up",
+                "Whether a worker has answered within a second. "
+                "0 for long: it hangs, or ends again and again; the log says which.",
+                ((_worker(name), float(one is not None)) for name, one in self.processes.items()),
+            )
+        coherent = [(worker, one) for worker, one in answered if one.counts]
+        if coherent:
+            yield from _coherence(coherent)
 
 
-def _coherence(stores: Stores) -> Iterable[Metric]:
+def _coherence(processes: Sequence[tuple[dict[str, str], Observed]]) -> Iterable[Metric]:
     for field, told in COUNTERS.items():
-        yield CounterMetricFamily(told.name, told.text, value=getattr(stores.counts, field))
-    yield GaugeMetricFamily(
+        counter = CounterMetricFamily(told.name, told.text, labels=list(processes[0][0]))
+        for worker, one in processes:
+            counter.add_metric(list(worker.values()), one.counts[field])
+        yield counter
+    yield _gauge(
         "chat_cache_trusted",
         "1 while this process may believe Redis. 0 for long: Redis is out or the cache is off; reads cost PostgreSQL. "
         "`chat-sessions doctor` says why.",
-        value=float(stores.lease.current() is not None),
+        ((worker, float(one.trusted)) for worker, one in processes),
     )
-    yield GaugeMetricFamily(
+    yield _gauge(
         "chat_lease_seconds_left",
         "How long the lease lasts unless it is renewed, which happens five times in its length. "
         "0: PostgreSQL has not answered for a second.",
-        value=stores.lease.seconds_left(),
+        ((worker, one.lease_seconds_left) for worker, one in processes),
     )
 
 
-def _labelled(name: str, text: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = GaugeMetricFamily(name, text, labels=[label])
-    for one, value in values.items():
-        family.add_metric([one], value)
+def _worker(name: str) -> dict[str, str]:
+    return {"worker": name} if name else {}
+
+
+def _gauge(name: str, text: str, samples: Iterable[tuple[dict[str, str], float]]) -> Metric:
+    family = Metric(name, text, "gauge")
+    for labels, value in samples:
+        family.add_sample(name, labels, value)
     return family
-
-
-def exposition(runtime: Runtime, stores: Sequence[StoreHealth], *, accept: str) -> tuple[bytes, str]:
-    """The metrics in the format that is asked for, and its content type. `stores` as they are now."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_RuntimeCollector(runtime, stores))
-    encode, content_type = choose_encoder(accept)
-    return encode(registry), content_type

@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     # The service.
     host: str = Field("127.0.0.1", description="the address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(8000, description="the port to listen on")
+    workers: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="processes that serve on it, each with its own PostgreSQL connections"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
     # The assistant.

@@ -40,7 +40,7 @@ log = logging.getLogger("chat_sessions.wiring")
 ServedMode = Literal["hybrid", "draining", "redis-only", "postgres"]
 
 #: One for the pulse, one for a writer that changes the epoch.
-_PULSE_CONNECTIONS = 2
+PULSE_CONNECTIONS = 2
 
 _PARTITIONS_EVERY_SECONDS = 6 * 3600
 
@@ -226,7 +226,7 @@ async def open_stores(
             await require_revision(database)
         # Of its own: when requests have taken all connections, the lease must not end.
         pulse = await stack.enter_async_context(
-            open_database(settings.model_copy(update={"database_pool_size": _PULSE_CONNECTIONS}))
+            open_database(settings.model_copy(update={"database_pool_size": PULSE_CONNECTIONS}))
         )
         keeper = PostgresStateKeeper(pulse, instance_id=instance_id, version=__version__)
         counts, lease = Counts(), Lease()

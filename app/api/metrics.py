@@ -1,13 +1,15 @@
 """`GET /metrics`, for Prometheus."""
 
 import asyncio
-from typing import Annotated
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import asdict
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Response
+from fastapi import APIRouter, FastAPI, Header, Request, Response
 
 from app.api.requests import Served
 from app.errors import ChatError
-from app.metrics import exposition
+from app.metrics import Observed, exposition, observed
 from app.store import StoreHealth
 from app.wiring import Runtime
 
@@ -16,11 +18,29 @@ router = APIRouter()
 #: A scrape waits ten seconds, as a rule. A store that hangs must not take the counters with it.
 _ASK_SECONDS_MAX = 5.0
 
+#: What all workers of the service say of themselves, as `own_metrics`, by number; None: no answer.
+AskWorkers = Callable[[], Awaitable[Mapping[str, Mapping[str, Any] | None]]]
+
+
+def own_metrics(app: FastAPI) -> dict[str, Any]:
+    """What this process tells the others, as JSON."""
+    return asdict(observed(app.state.runtime))
+
+
+def share_metrics(app: FastAPI, ask_workers: AskWorkers) -> None:
+    """This process is one of several: it tells of all of them."""
+    app.state.ask_workers = ask_workers
+
 
 @router.get("/metrics", include_in_schema=False)
-async def metrics(runtime: Served, accept: Annotated[str, Header()] = "") -> Response:
+async def metrics(request: Request, runtime: Served, accept: Annotated[str, Header()] = "") -> Response:
     """Never fails for an outage of a store: that is when it is read."""
-    body, content_type = exposition(runtime, await _asked(runtime), accept=accept)
+    processes: Mapping[str, Observed | None] = {"": observed(runtime)}
+    ask_workers: AskWorkers | None = getattr(request.app.state, "ask_workers", None)
+    if ask_workers is not None:
+        workers = await ask_workers()
+        processes = {name: Observed(**told) if told else None for name, told in workers.items()}
+    body, content_type = exposition(processes, await _asked(runtime), accept=accept)
     return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
 
 

@@ -21,7 +21,7 @@ from app.postgres.partitions import existing_partitions, months_from, partition_
 from app.postgres.schema import REVISION, current_revision
 from app.redis_sessions.inspect import ServerFacts, server_facts
 from app.settings import Settings
-from app.wiring import open_database, open_redis
+from app.wiring import PULSE_CONNECTIONS, open_database, open_redis
 
 #: Beyond it, `created_at` of two machines would confuse people; the stores order by seq and don't mind.
 _CLOCK_SKEW_SECONDS_MAX = 1.0
@@ -192,7 +192,9 @@ async def _postgres(settings: Settings, database: Database) -> AsyncIterator[Fin
             "SELECT current_setting('server_version') AS version, "
             "current_setting('server_version_num')::int / 10000 AS major, "
             "current_setting('fsync') AS fsync, current_setting('full_page_writes') AS full_page_writes, "
-            "current_setting('max_connections')::int AS connections_max, pg_is_in_recovery() AS standby"
+            "current_setting('max_connections')::int AS connections_max, "
+            "current_setting('superuser_reserved_connections')::int AS connections_reserved, "
+            "pg_is_in_recovery() AS standby"
         )
         asked = time.time()
         clock: datetime = await conn.fetchval("SELECT clock_timestamp()")
@@ -209,13 +211,7 @@ async def _postgres(settings: Settings, database: Database) -> AsyncIterator[Fin
             yield Finding(
                 "fail", f"postgres {name}", "is off: a crash of the machine loses data", f"set {name} = on"
             )
-    pool = settings.database_pool_size + 1
-    yield Finding(
-        "pass" if pool * 4 <= facts["connections_max"] else "warn",
-        "postgres connections",
-        f"a worker uses up to {pool} of max_connections = {facts['connections_max']}",
-        "" if pool * 4 <= facts["connections_max"] else "lower DATABASE_POOL_SIZE or raise max_connections",
-    )
+    yield _connections(settings, facts["connections_max"], facts["connections_reserved"])
     yield _skew("postgres clock", clock.timestamp() - asked)
     revision = await current_revision(database)
     yield Finding(
@@ -240,6 +236,18 @@ async def _postgres(settings: Settings, database: Database) -> AsyncIterator[Fin
         "run `chat-sessions partitions`; a running service makes them" if missing else "",
     )
     yield Finding("pass", "mode", await _mode(database) or "not set yet: the first `serve` decides")
+
+
+def _connections(settings: Settings, connections_max: int, reserved: int) -> Finding:
+    each = settings.database_pool_size + PULSE_CONNECTIONS
+    fits = settings.workers * each <= connections_max - reserved
+    return Finding(
+        "pass" if fits else "warn",
+        "postgres connections",
+        f"WORKERS={settings.workers} use up to {settings.workers * each} ({each} each) "
+        f"of max_connections = {connections_max}, {reserved} of them reserved",
+        "" if fits else "lower WORKERS or DATABASE_POOL_SIZE, or raise max_connections",
+    )
 
 
 def _redis(facts: ServerFacts, *, redis_only: bool) -> Iterator[Finding]:

@@ -5,14 +5,17 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
-import uvicorn
+import typer
 
 from app.cli.output import fail, refusals_are_lines
 from app.cli.targets import announced, revision_of
+from app.cli.worker import loop_factory, serve_here, set_up_log
+from app.cli.workers import serve_with_workers
 from app.errors import StartRefused
 from app.postgres.schema import REVISION, upgrade
 from app.settings import Settings, read_settings
@@ -20,13 +23,12 @@ from app.settings import Settings, read_settings
 if TYPE_CHECKING:  # it needs a Unix
     from app.embedded import EmbeddedServers
 
-#: After a SIGTERM, requests in flight have the assistant's deadline and this long to finish.
-_GRACE_SECONDS = 10
-
 _BACKLOG = 2048
 
+Workers = Annotated[int | None, typer.Option(metavar="N", help="processes that serve; in place of WORKERS")]
 
-def serve() -> None:
+
+def serve(workers: Workers = None) -> None:
     """Serve the API. Without DATABASE_URL or REDIS_URL, real servers are started here.
 
     Settings come from the environment and from .env; their list is in the README.
@@ -34,10 +36,10 @@ def serve() -> None:
     # Until the server takes over: an end by SIGTERM closes what was opened, like any other.
     signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))
     with refusals_are_lines(), ExitStack() as stack:
-        settings = read_settings()
-        logging.basicConfig(
-            level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-        )
+        settings = read_settings() if workers is None else read_settings(workers=workers)
+        if settings.workers > 1 and sys.platform == "win32":
+            fail("Windows can't share a port between processes: set WORKERS=1")
+        set_up_log(settings)
         # What a first start does to its own database is no news; `chat-sessions migrate` says it.
         logging.getLogger("alembic").setLevel(logging.WARNING)
         # Before anything is started: a port that is taken is the most common reason not to.
@@ -53,8 +55,14 @@ def serve() -> None:
             if embedded.database_url is not None and revision_of(embedded.database_url) != REVISION:
                 upgrade(embedded.database_url)
             stack.enter_context(announced(settings, embedded))
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_serve(settings, embedded, listener))
+        announce = partial(_announce, settings, embedded, *listener.getsockname()[:2])
+        if settings.workers == 1:
+            with asyncio.Runner(loop_factory=loop_factory()) as runner:
+                runner.run(serve_here(settings, listener, embedded=embedded is not None, on_start=announce))
+        else:
+            asyncio.run(
+                serve_with_workers(settings, listener, embedded=embedded is not None, on_start=announce)
+            )
 
 
 def _start_missing(settings: Settings, stack: ExitStack) -> "EmbeddedServers | None":
@@ -88,56 +96,6 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
-    if sys.platform == "win32":
-        return None
-    import uvloop  # noqa: PLC0415 - there is none on Windows
-
-    return uvloop.new_event_loop
-
-
-async def _serve(settings: Settings, embedded: "EmbeddedServers | None", listener: socket.socket) -> None:
-    from app.api.app import create_app  # noqa: PLC0415 - 0.4 s that only this command should pay
-
-    app = create_app(settings, embedded=embedded is not None)
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        # The lifespan runs here, not in uvicorn: a start that is refused is one line then.
-        lifespan="off",
-        timeout_graceful_shutdown=int(settings.assistant_timeout_seconds) + _GRACE_SECONDS,
-    )
-    async with app.router.lifespan_context(app):
-        host, port = listener.getsockname()[:2]
-        server = _Server(config, on_start=lambda: _announce(settings, embedded, host, port))
-        await server.serve(sockets=[listener])
-
-
-class _Server(uvicorn.Server):
-    """Says where it listens once it does; ends by returning, so that everything is closed in order."""
-
-    def __init__(self, config: uvicorn.Config, *, on_start: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._on_start = on_start
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_start()
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        # uvicorn's own raises the signal again at the end, which would break off the closing of the stores.
-        before = {
-            number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
 def _announce(settings: Settings, embedded: "EmbeddedServers | None", host: str, port: int) -> None:
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{'localhost' if host in {'127.0.0.1', '0.0.0.0', '::'} else shown}:{port}"  # noqa: S104 - compared, not bound
@@ -152,6 +110,8 @@ def _announce(settings: Settings, embedded: "EmbeddedServers | None", host: str,
         if embedded.redis_url is not None:
             lines.append((embedded.redis_version or "Redis", embedded.redis_cli_command or ""))
         lines.append(("data", str(settings.data_dir.resolve())))
+    if settings.workers > 1:
+        lines.append(("workers", str(settings.workers)))
     width = max(len(name) for name, _ in lines)
     text = "\n".join(f"  {name:<{width}}  {value}" for name, value in lines)
     sys.stdout.write(f"\nchat-sessions is serving. Stop it with Ctrl-C.\n\n{text}\n\n")

@@ -2,9 +2,10 @@
 
 import pytest
 
-from app.cli.doctor import _examine
+from app.cli.doctor import _connections, _examine
 from app.coherence.ports import PROTOCOL
 from app.postgres.cache_state import claim_state
+from app.settings import Settings
 from tests.stores import trust
 
 pytestmark = pytest.mark.anyio
@@ -95,3 +96,15 @@ async def test_a_database_of_another_protocol_is_a_failure(examined):
     found = await examined(protocol=PROTOCOL + 1)
 
     assert found["protocol"].status == "fail"
+
+
+@pytest.mark.parametrize(("workers", "status", "sum_"), [(1, "pass", 12), (8, "pass", 96), (9, "warn", 108)])
+def test_the_connections_of_all_workers_together_must_fit(workers, status, sum_):
+    """Ten of a worker's pool, and two of its pulse."""
+    settings = Settings(_env_file=None, workers=workers, database_pool_size=10)
+
+    found = _connections(settings, 100, 3)
+
+    assert found.status == status
+    assert found.finding.startswith(f"WORKERS={workers} use up to {sum_} (12 each) of max_connections = 100,")
+    assert ("WORKERS" in found.advice) == (status == "warn")

@@ -11,6 +11,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families
 
 from app.api import metrics as metrics_module
+from app.api.metrics import own_metrics, share_metrics
 from app.chat import new_uuid
 from app.coherence.counts import Counts
 from app.coherence.heartbeat import next_state
@@ -279,6 +280,34 @@ async def test_a_store_that_hangs_is_not_waited_for_for_ever(api, monkeypatch):
     monkeypatch.setattr(type(api.runtime.store), "health", hang)
 
     assert "cache_violations_total" in await scraped(api)
+
+
+# Several workers
+
+
+async def test_a_worker_tells_of_all_by_their_numbers_and_of_those_that_do_not_answer(api):
+    async def ask():
+        return {"1": own_metrics(api.app), "2": own_metrics(api.app), "3": None}
+
+    share_metrics(api.app, ask)
+    text = (await api.get("/metrics")).text
+    samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    workers = {}
+    for sample in samples:
+        workers.setdefault(sample.name, []).append(sample.labels.get("worker"))
+
+    assert {
+        sample.labels["worker"]: sample.value for sample in samples if sample.name == "chat_worker_up"
+    } == {
+        "1": 1,
+        "2": 1,
+        "3": 0,
+    }
+    # The stores were asked once, by the one that answers.
+    assert workers.pop("chat_store_up") == [None, None]
+    assert workers.pop("chat_worker_up") == ["1", "2", "3"]
+    assert {name for one in workers.values() for name in one} == {"1", "2"}
+    assert "chat_worker_up" in DOCS.read_text()
 
 
 # The page
