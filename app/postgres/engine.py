@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import asyncpg
 from sqlalchemy import event
+from sqlalchemy.dialects.postgresql.asyncpg import AsyncAdapt_asyncpg_dbapi
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -193,8 +194,10 @@ class Database:
 
 def outage_or_same(exc: Exception) -> Exception:
     """`DurableStoreUnavailable` for an error that says PostgreSQL can't serve now; else the error itself."""
-    cause = exc.orig.__cause__ if isinstance(exc, DBAPIError) and exc.orig is not None else exc
-    state = getattr(cause, "sqlstate", None) or getattr(getattr(exc, "orig", None), "sqlstate", None)
+    # SQLAlchemy translates the driver's error, and its Connection wraps that.
+    translated: BaseException | None = exc.orig if isinstance(exc, DBAPIError) else exc
+    cause = translated.__cause__ if isinstance(translated, AsyncAdapt_asyncpg_dbapi.Error) else translated
+    state = getattr(cause, "sqlstate", None) or getattr(translated, "sqlstate", None)
     if state is not None:
         if state[:2] in _OUTAGE_CLASSES or state in _OUTAGE_STATES:
             return DurableStoreUnavailable(f"PostgreSQL can't serve now: {cause}")
