@@ -19,10 +19,16 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """What may be under way and what may wait: batches, items and bytes of a batch, items and bytes that wait."""
+    """What may be under way and what may wait: batches, items and bytes of a batch, items and bytes that wait.
+
+    `share`: of more items than this that are ready, each free place takes its part, so that what one batch waits for
+    goes on beside what the other is worked on. Callers that were answered together come back together, and would
+    fill one batch and leave the other places empty for ever.
+    """
 
     batches: int
     items: int
+    share: int
     size: int
     waiting_items: int
     waiting_size: int
@@ -123,16 +129,17 @@ class Batcher(Generic[_Item, _Result]):
 
     def _depart(self) -> None:
         self._departs = False
-        while self._ready and len(self._batches) < self._bounds.batches:
-            if batch := self._take():
+        while self._ready and (free := self._bounds.batches - len(self._batches)) > 0:
+            share = max(self._bounds.share, -(-len(self._ready) // free))
+            if batch := self._take(min(share, self._bounds.items)):
                 task = asyncio.get_running_loop().create_task(self._fly(batch))
                 self._batches.add(task)
                 task.add_done_callback(self._landed)
 
-    def _take(self) -> list[_Place[_Item, _Result]]:
+    def _take(self, items_max: int) -> list[_Place[_Item, _Result]]:
         batch: list[_Place[_Item, _Result]] = []
         size = 0
-        while self._ready and len(batch) < self._bounds.items:
+        while self._ready and len(batch) < items_max:
             place = self._ready[0]
             if batch and size + place.size > self._bounds.size:
                 break

@@ -17,12 +17,12 @@ _Written = TypeVar("_Written")
 MIB = 1024 * 1024
 
 #: Two transactions at once: while one waits for the disk, the other is made ready.
-_TOGETHER = Bounds(batches=2, items=256, size=8 * MIB, waiting_items=8192, waiting_size=64 * MIB)
+_TOGETHER = Bounds(batches=2, items=256, share=8, size=8 * MIB, waiting_items=8192, waiting_size=64 * MIB)
 
 #: Those that wait for a lock that others hold. Each may take as long as a statement.
-_ALONE = Bounds(batches=3, items=1, size=MIB, waiting_items=1024, waiting_size=16 * MIB)
+_ALONE = Bounds(batches=3, items=1, share=1, size=MIB, waiting_items=1024, waiting_size=16 * MIB)
 
-CREATIONS = Bounds(batches=1, items=256, size=MIB, waiting_items=8192, waiting_size=MIB)
+CREATIONS = Bounds(batches=1, items=256, share=256, size=MIB, waiting_items=8192, waiting_size=MIB)
 
 
 def size_of(append: Append) -> int:

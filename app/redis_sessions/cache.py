@@ -253,7 +253,7 @@ class _Get:
 
 
 #: Few batches at once, so that they grow when many ask; and few enough entries of a MiB that one fits in memory.
-_GETS = Bounds(batches=4, items=64, size=2**62, waiting_items=16_384, waiting_size=2**62)
+_GETS = Bounds(batches=4, items=64, share=16, size=2**62, waiting_items=16_384, waiting_size=2**62)
 
 
 def _cached(reply: Any, session_id: UUID) -> CachedValue | Exception:

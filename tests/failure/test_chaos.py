@@ -19,7 +19,7 @@ from tests.failure.chaos.report import page, picture
 from tests.failure.chaos.run import Options, free_port, run
 from tests.failure.chaos.verdict import Verdict, judge
 
-SECONDS = 20
+SECONDS = 12
 
 
 # Connections that are cut while they are made are left to the garbage collector by their libraries.

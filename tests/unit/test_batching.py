@@ -12,7 +12,7 @@ from app.errors import Overloaded
 
 pytestmark = pytest.mark.anyio
 
-BOUNDS = Bounds(batches=1, items=100, size=1000, waiting_items=100, waiting_size=1000)
+BOUNDS = Bounds(batches=1, items=100, share=100, size=1000, waiting_items=100, waiting_size=1000)
 
 
 @dataclass
@@ -100,6 +100,26 @@ async def test_batches_under_way_and_their_sizes_are_bounded() -> None:
 
     assert work.batches == [[1, 2, 3], [4, 30], [30], [70], [5]]
     assert work.most_under_way == 2
+
+
+async def test_many_are_divided_among_the_free_places_and_few_are_not() -> None:
+    """Those that are answered together come back together: in one batch again, the other place would stay empty."""
+    work = Work()
+    batcher: Batcher[int, int] = Batcher(work, bounds=bounds(batches=2, share=4))
+
+    async def caller(item: int) -> None:
+        for _ in range(2):
+            await batcher.submit(item)
+
+    await asyncio.gather(*map(caller, range(12)))
+    many = [len(batch) for batch in work.batches]
+    work.batches.clear()
+    await asyncio.gather(*map(caller, range(4)))
+
+    assert many[:2] == [6, 6]
+    assert sum(many) == 24
+    assert work.most_under_way == 2
+    assert [len(batch) for batch in work.batches] == [4, 4]
 
 
 async def test_items_of_one_key_never_meet_and_keep_their_order_and_keys_take_turns() -> None:
