@@ -31,10 +31,10 @@ async def migrate(url: str, revision: str = "head") -> None:
 
 
 async def empty(database: Database) -> None:
-    """By DELETE: a TRUNCATE makes new files for every partition, which takes ten times as long as a test's rows."""
-    tables = ("chat_sessions", "chat_messages", "chat_turns", "cache_state", "instances")
     async with database.connection() as conn:
-        await conn.execute("; ".join(f"DELETE FROM chat.{table}" for table in tables))
+        await conn.execute(
+            "TRUNCATE chat.chat_sessions, chat.chat_messages, chat.chat_turns, chat.cache_state, chat.instances"
+        )
 
 
 async def forget_state(database: Database) -> None:

@@ -178,10 +178,10 @@ async def test_nothing_is_lost_doubled_or_reordered_while_the_mode_changes_under
             assert not tally.conflicts.count
         await asyncio.sleep(0.4)
         stop.set()
-        done = await asyncio.gather(*clients)
+        answered = await asyncio.gather(*clients)
 
         assert seen == {("redis-only", "redis-only")}
-        assert sum(done) > 100
+        assert sum(answered) > 100
         for session_id, log in logs.items():
             history = await runtimes[0].stores.durable.read_history(session_id, max_messages=10_000)
             assert violations(log, [message.message_id for message in history.messages]) == []
@@ -190,24 +190,30 @@ async def test_nothing_is_lost_doubled_or_reordered_while_the_mode_changes_under
 async def client(
     stores: list[ChatSessionStore], logs: dict[UUID, Log], stop: asyncio.Event, number: int
 ) -> int:
-    done = 0
+    """How many of its calls were answered. One may be refused: what Redis holds alone waits while a busy machine keeps
+    Redis from answering in time.
+    """
+    done = answered = 0
     while not stop.is_set():
         store, (session_id, log) = stores[done % 2], list(logs.items())[(done * 7 + number) % len(logs)]
         began = time.monotonic()
         if (done + number) % 3:
-            history = await store.read_history(session_id, max_messages=10_000)
-            ids = tuple(message.message_id for message in history.messages)
-            log.reads.append(Read(ids, began, time.monotonic()))
+            with suppress(Unavailable):
+                history = await store.read_history(session_id, max_messages=10_000)
+                ids = tuple(message.message_id for message in history.messages)
+                log.reads.append(Read(ids, began, time.monotonic()))
+                answered += 1
         else:
             append = new_append(session_id, "a")
             acked = None
             with suppress(Unavailable):
                 await store.append(append)
                 acked = time.monotonic()
+                answered += 1
             log.writes.append(Write(append.messages[0].message_id, began, acked))
         done += 1
         await asyncio.sleep(0.005)
-    return done
+    return answered
 
 
 # To Redis-only
