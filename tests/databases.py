@@ -30,11 +30,19 @@ async def migrate(url: str, revision: str = "head") -> None:
     await asyncio.to_thread(upgrade, url, revision)
 
 
+_TABLES = ("chat_sessions", "chat_messages", "chat_turns", "cache_state", "instances")
+
+
 async def empty(database: Database) -> None:
+    """By DELETE: a TRUNCATE makes new files for every partition, which takes longer than most tests."""
     async with database.connection() as conn:
-        await conn.execute(
-            "TRUNCATE chat.chat_sessions, chat.chat_messages, chat.chat_turns, chat.cache_state, chat.instances"
-        )
+        await conn.execute("; ".join(f"DELETE FROM chat.{table}" for table in _TABLES))
+
+
+async def shrink(database: Database) -> None:
+    """Takes back the pages that deleted rows have left, for who looks at plans."""
+    async with database.connection() as conn:
+        await conn.execute("TRUNCATE chat.chat_sessions, chat.chat_messages, chat.chat_turns")
 
 
 async def forget_state(database: Database) -> None:

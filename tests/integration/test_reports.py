@@ -16,7 +16,7 @@ from app.errors import DurableStoreUnavailable, RangeRefused, UnknownReport
 from app.postgres.engine import Database, create_engine
 from app.postgres.store import PostgresChatSessionStore
 from app.store import Append
-from tests.databases import new_database
+from tests.databases import new_database, shrink
 from tests.factories import new_message
 
 pytestmark = pytest.mark.anyio
@@ -433,6 +433,7 @@ class TestRunning:
 
     @pytest.mark.parametrize("name", ["messages_by_role", "response_time", "active_users", "top_sources"])
     async def test_the_range_can_be_served_by_the_index_on_created_at(self, database, name):
+        await shrink(database)
         async with database.core() as conn:
             await conn.execute(text("SET LOCAL enable_seqscan = off"))
             plan = await conn.execute(
