@@ -254,7 +254,7 @@ async def test_an_older_protocol_is_taken_over(settings, fresh):
 
     async with opened(settings) as runtime, asyncio.timeout(10):
         # At once, unless the machine keeps Redis from answering in time: then when the heartbeat has seen it well.
-        while runtime.stores.lease.current() is None:
+        while runtime.stores.lease.current() is None:  # noqa: ASYNC110 - time has no event of ours
             await asyncio.sleep(0.05)
 
     assert (await state_row(fresh))["protocol"] == 1
