@@ -140,6 +140,15 @@ def line_prefix(message_id: UUID) -> str:
     return f'{{"message_id":"{message_id}","seq":'
 
 
+#: Where the seq stands in a line.
+_SEQ_OFFSET = len(line_prefix(UUID(int=0)))
+
+
+def is_line(line: bytes, seq: int) -> bool:
+    """Whether it begins as the line of message `seq` does."""
+    return line.startswith(b"%d," % seq, _SEQ_OFFSET)
+
+
 def json_text(value: Any) -> str:
     """Compact JSON. Keys keep their order, text stays as typed, numbers keep their kind.
 

@@ -377,9 +377,10 @@ class HybridChatSessionStore:
 
     async def _seen(self, session_id: UUID, user_id: str | None, min_seq: int | None) -> "_View":
         """The session as this caller may see it, adopted where Redis held it for itself."""
-        with suppress(AdoptionPending):
+        try:
             return await self._read(session_id, user_id, min_seq)
-        await self._to_its_end(self.adopt(session_id))
+        except AdoptionPending:
+            await self._to_its_end(self.adopt(session_id))
         return await self._adopting(
             session_id, lambda: self._read(session_id, user_id, min_seq), looked_in_redis=True
         )

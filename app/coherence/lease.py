@@ -37,6 +37,7 @@ class Lease:
         self.seconds = seconds
         self.now = clock
         self.state: CacheState | None = None
+        self._believed: CacheState | None = None
         self._until = float("-inf")
         self._seen_at: dict[str, float] = {}
 
@@ -52,13 +53,14 @@ class Lease:
             # An answer that was overtaken: what has settled stays so.
             state = replace(state, settled=True)
         self.state = state
+        self._believed = state if state.trusting else None
         if asked_at is not None:
             self._until = max(self._until, asked_at + self.seconds)
 
     def current(self) -> CacheState | None:
         """The state whose entries may be trusted now; None: ask PostgreSQL."""
-        state = self.state
-        return state if state is not None and state.trusting and self.now() < self._until else None
+        state = self._believed
+        return state if state is not None and self.now() < self._until else None
 
     def still(self, state: CacheState) -> bool:
         """Whether it may be trusted even now, after Redis has answered."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 from uuid import UUID
 
-from app.chat import ChatSession, Message, NewMessage, SessionStatus, body_of, messages_of
+from app.chat import ChatSession, Message, NewMessage, SessionStatus, body_of, is_line, messages_of
 from app.errors import ChatError, DurableStoreUnavailable
 from app.store import Append, BeginTurn, Cursor, FinishTurn, History, SessionPage, StoreHealth, Turn
 
@@ -159,7 +159,9 @@ class Entry:
         )
 
     def newest(self, max_messages: int, before_seq: int | None) -> tuple[int, bytes] | None:
-        """The newest lines below `before_seq`, and the first one's seq; None where the window is too short."""
+        """The newest lines below `before_seq`, and the first one's seq; None where the window is too short, or
+        where its lines are not those that its head names.
+        """
         count = self.session.message_count
         last = count if before_seq is None else min(count, before_seq - 1)
         first = max(1, last - max_messages + 1)
@@ -168,14 +170,20 @@ class Entry:
         if first < self.first_seq:
             return None
         if first == self.first_seq and last == count:
-            return first, self.body
-        # From the end: a page of the newest needs no look at the older lines.
-        start = end = len(self.body)
-        for seq in range(count, first - 1, -1):
-            start = self.body.rfind(b",\n", 0, start)
-            if seq > last:
-                end = start
-        return first, self.body[start + 2 : end] if start >= 0 else self.body[:end]
+            return (first, self.body) if self.counts() else None
+        # From the end: a page of the newest needs no look at the older lines. The right number of lines between
+        # two that are in their places leaves none out.
+        back = count - first + 1
+        lines = self.body.rsplit(b",\n", back)
+        if len(lines) < back:
+            return None
+        page = lines[-back : last - count or None]
+        return (first, b",\n".join(page)) if is_line(page[0], first) and is_line(page[-1], last) else None
+
+    def counts(self) -> bool:
+        """Whether it has as many lines as its head says."""
+        lines = self.body.count(b"\n") + 1 if self.body else 0
+        return lines == self.session.message_count - self.first_seq + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 from uuid import UUID
 
 from redis.asyncio.client import Pipeline
@@ -108,7 +108,8 @@ class RedisSessionCache:
         return BoundedRedis(redis, timeout_seconds=self._timeout_seconds)
 
     async def get(self, session_id: UUID, state: CacheState) -> CachedValue:
-        return await self._reach(state).gets.submit(_Get(session_id, time.monotonic()))
+        get = _Get(session_key(session_id), session_id, time.monotonic())
+        return await self._reach(state).gets.submit(get)
 
     async def mark(
         self, writes: Sequence[tuple[Row, Row]], state: CacheState, *, token: str
@@ -234,32 +235,32 @@ class _Reach:
         self.bounded = bounded
         self._ttl_ms = ttl_ms
         self.gets: Batcher[_Get, CachedValue] = Batcher(
-            self._get_all, bounds=_GETS, key=lambda get: get.session_id, shares=True
+            self._get_all, bounds=_GETS, key=itemgetter(0), shares=True
         )
 
     async def _get_all(self, gets: Sequence["_Get"]) -> list[CachedValue | Exception]:
         replies = await self.bounded.commands(
             # A write command, so that a replica refuses it instead of answering from the past.
-            [("GETEX", session_key(get.session_id), "PX", self._ttl_ms) for get in gets],
+            [("GETEX", get.key, "PX", self._ttl_ms) for get in gets],
             since=gets[0].asked_at,
         )
         return [_cached(reply, get.session_id) for reply, get in zip(replies, gets, strict=True)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Get:
+class _Get(NamedTuple):
+    key: str
     session_id: UUID
     asked_at: float
 
 
 #: Few batches at once, so that they grow when many ask; and few enough entries of a MiB that one fits in memory.
-_GETS = Bounds(batches=4, items=64, share=16, size=2**62, waiting_items=16_384, waiting_size=2**62)
+_GETS = Bounds(batches=4, items=64, share=32, size=2**62, waiting_items=16_384, waiting_size=2**62)
 
 
 def _cached(reply: Any, session_id: UUID) -> CachedValue | Exception:
     if isinstance(reply, ResponseError):
         return None if is_wrong_type(reply) else refusal(reply)
-    return decode(reply, session_id) if reply is not None else None
+    return decode(reply, session_id, counts=False) if reply is not None else None
 
 
 def _published(reply: Any, session_id: UUID) -> Published:
@@ -267,7 +268,7 @@ def _published(reply: Any, session_id: UUID) -> Published:
         _note_refusals([reply])
         return Published(outcome="refused")
     outcome: PublishOutcome = reply[0].decode()
-    value = decode(reply[1], session_id) if len(reply) > 1 else None
+    value = decode(reply[1], session_id, counts=False) if len(reply) > 1 else None
     return Published(outcome=outcome, entry=value if isinstance(value, Entry) else None)
 
 
