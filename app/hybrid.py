@@ -16,7 +16,8 @@ It rests on eight rules, each named where it is kept:
 3. Fill and validate under the row lock, with WATCH and EXEC before the transaction ends: never from a snapshot
    that a writer is about to outdate; and an EXEC that comes late fails, because that writer touched the key.
 4. One epoch, in PostgreSQL. A reader's lease on it must be valid after Redis has answered (`app.coherence.lease`).
-   A writer reads it after the row lock and waits until the leases on older ones have ended.
+   A writer reads it after the row lock (what it had marked under another counts for nothing) and waits until the
+   leases on older ones have ended.
 5. A writer that cannot mark rolls back, turns the cache off under a new epoch, waits, and goes on with
    PostgreSQL alone. The heartbeat turns it on again, under another epoch: older entries are validated when touched.
 6. Sockets are bound to the Redis of an epoch: a restart from an old snapshot, a failover, a replica are refused
@@ -681,6 +682,11 @@ class _Fence:
         refuse_other_protocols(state)
         if state.mode == "redis-only":
             raise ModeChanged(state)
+
+    def expected(self) -> CacheState | None:
+        # One that this process would wait for may have settled: PostgreSQL says.
+        state = self._lease.state
+        return state if state is not None and self._lease.hold_seconds(state) <= 0 else None
 
     def admit(self, state: CacheState) -> None:
         """Rule 4, the writer's half."""

@@ -329,6 +329,12 @@ class SessionCache(Protocol):
 class Fence(Protocol):
     """What a writer owes the readers of a cache. A durable store calls it inside its transaction."""
 
+    def expected(self) -> CacheState | None:
+        """The state as it was last heard of: a write may mark under it at once, if it makes sure after the row lock
+        that no other has come, and else leaves nothing behind. None: it is to be asked for.
+        """
+        ...
+
     def admit(self, state: CacheState) -> None:
         """After the row lock, with the state as it is then. Raises `Interrupted` to roll back."""
         ...
@@ -401,8 +407,8 @@ class DurableStore(Protocol):
     async def commit(
         self, appends: Sequence[Append], fence: Fence, *, waits: bool
     ) -> list[Committed | Exception]:
-        """One transaction for all, of different sessions: lock, state, `fence.admit`, checks in the contract's order,
-        appends beside `fence.mark`, commit. A request that is stored already is not marked again. What one append
+        """One transaction for all, of different sessions: lock, checks in the contract's order, `fence.admit`, the
+        state and the appends beside `fence.mark`, commit. A request that is stored already is not marked again. What one append
         fails with stands in its place, and keeps no other from being committed.
 
         Without `waits` a session whose row another has locked is `RowBusy`.

@@ -40,18 +40,22 @@ LEFT JOIN (
 WHERE c.id = 1
 """
 
-APPEND = """
+# Says the state of the cache, too: it begins after the lock, so it sees every epoch that a reader may have stamped
+# under it, and a round trip of its own is saved.
+APPEND = f"""
 WITH head AS (
     UPDATE chat.chat_sessions s
     SET message_count = w.message_count, chain = w.chain, last_activity = w.last_activity
     FROM unnest($1::uuid[], $2::int[], $3::bytea[], $4::timestamptz[])
         AS w(session_id, message_count, chain, last_activity)
     WHERE s.session_id = w.session_id
+), messages AS (
+    INSERT INTO chat.chat_messages (session_id, session_month, seq, message_id, role, content, created_at,
+        processing_time_ms, source_count, metadata, request_digest, request_size)
+    SELECT * FROM unnest($5::uuid[], $6::date[], $7::int[], $8::uuid[], $9::text[], $10::text[],
+        $11::timestamptz[], $12::int[], $13::smallint[], $14::json[], $15::bytea[], $16::smallint[])
 )
-INSERT INTO chat.chat_messages (session_id, session_month, seq, message_id, role, content, created_at,
-    processing_time_ms, source_count, metadata, request_digest, request_size)
-SELECT * FROM unnest($5::uuid[], $6::date[], $7::int[], $8::uuid[], $9::text[], $10::text[],
-    $11::timestamptz[], $12::int[], $13::smallint[], $14::json[], $15::bytea[], $16::smallint[])
+SELECT {_STATE} FROM chat.cache_state c WHERE id = 1
 """
 
 # Returns the state beside it: no lock is needed, nobody else can see the session yet.

@@ -367,6 +367,9 @@ class PostgresChatSessionStore:
             except _Refused as refused:
                 # Rolled back, and the others once more without these.
                 outcomes.update((left[index], exc) for index, exc in refused.writes.items())
+            except _OtherState as other:
+                # Rolled back. Those that are left do not meet this one again.
+                fence.admit(other.state)
             except asyncpg.CheckViolationError as exc:
                 if made_partitions or not is_missing_partition(exc):
                     raise
@@ -391,8 +394,8 @@ class PostgresChatSessionStore:
             records = await conn.fetch(lock, [append.session_id for append in appends])
             rows = {record["session_id"]: row_of(record) for record in records}
             busy = set() if waits else await _busy(conn, appends, rows)
-            # Rule 4: read after the row lock.
-            state, stored = await self._state_and_stored(conn, appends)
+            expected = fence.expected()
+            state, stored = await self._state_and_stored(conn, appends, expected)
             if rows:
                 fence.admit(state)
             for index, append in enumerate(appends):
@@ -411,15 +414,16 @@ class PostgresChatSessionStore:
                 else:
                     writes.append(_Write(index, append, row, _after(row, append.messages)))
             writes = await _step_turns(conn, writes, outcomes)
-            if writes:
+            if writes or (rows and state is expected):
                 await _store_and_mark(conn, writes, state, fence)
         for write in writes:
             outcomes[write.index] = _committed(write.append.messages, write.before, write.after, state)
         return [outcome for outcome in outcomes if outcome is not None]
 
     async def _state_and_stored(
-        self, conn: asyncpg.Connection, appends: Sequence[Append]
+        self, conn: asyncpg.Connection, appends: Sequence[Append], expected: CacheState | None
     ) -> tuple[CacheState, dict[UUID, dict[UUID, asyncpg.Record]]]:
+        """The state, or the one that is expected where nothing else is to be asked: `_store_and_mark` looks."""
         # Fresh UUIDv7s cannot be stored already: only keyed requests are looked for.
         ids: list[UUID] = []
         session_ids: list[UUID] = []
@@ -431,7 +435,7 @@ class PostgresChatSessionStore:
                 ids += its
                 session_ids += [append.session_id] * len(its)
         if not ids:
-            return _state(await conn.fetchrow(statements.STATE)), {}
+            return expected or _state(await conn.fetchrow(statements.STATE)), {}
         months = [session_month(session_id) for session_id in session_ids]
         records = await conn.fetch(statements.STATE_AND_STORED, session_ids, months, ids)
         stored: dict[UUID, dict[UUID, asyncpg.Record]] = {}
@@ -479,12 +483,19 @@ class PostgresChatSessionStore:
 class _NoCache:
     """The fence of a store that has no cache: it may only write where nobody believes one."""
 
+    def __init__(self) -> None:
+        self._admitted: CacheState | None = None
+
+    def expected(self) -> CacheState | None:
+        return self._admitted
+
     def admit(self, state: CacheState) -> None:
         refuse_other_protocols(state)
         if state.mode == "redis-only":
             raise ModeChanged(state)
         if state.trusting or not state.settled:
             raise CacheTrusted(state)
+        self._admitted = state
 
     async def mark(
         self,
@@ -502,6 +513,14 @@ class _Write:
     append: Append
     before: Row
     after: Row
+
+
+class _OtherState(Interrupted):
+    """The state is not the one that a transaction was made under."""
+
+    def __init__(self, state: CacheState) -> None:
+        self.state = state
+        super().__init__(f"the epoch is {state.epoch} now")
 
 
 class _Refused(Interrupted):
@@ -630,16 +649,22 @@ async def _hold_turns(conn: asyncpg.Connection, appends: Sequence[Append]) -> No
 async def _store_and_mark(
     conn: asyncpg.Connection, writes: Sequence[_Write], state: CacheState, fence: Fence
 ) -> None:
-    """Rule 1. The marks are made beside the insert: one of the two round trips is for nothing."""
+    """Rule 1. The marks are made beside the insert: one of the two round trips is for nothing. Rule 4: the state is
+    read after the row lock, by the insert's statement; if it is not `state`, the marks count for nothing.
+    """
+    if not writes:
+        _same(state, _state(await conn.fetchrow(statements.STATE)))
+        return
     rows = [(write.before, write.after) for write in writes]
     marking = asyncio.ensure_future(fence.mark(rows, state))
     try:
-        await _store(conn, [(write.append.messages, write.before, write.after) for write in writes])
+        now = await _store(conn, [(write.append.messages, write.before, write.after) for write in writes])
     finally:
         # Not left behind to run into the next transaction on these sessions; and looked at, also where the
         # insert has failed.
         await asyncio.wait([marking])
         refusals = marking.result()
+    _same(state, now)
     if refused := {write.index: exc for write, exc in zip(writes, refusals, strict=True) if exc is not None}:
         raise _Refused(refused)
 
@@ -663,11 +688,20 @@ def _after(row: Row, messages: Sequence[NewMessage], *, last_activity: datetime 
     )
 
 
-async def _store(conn: asyncpg.Connection, writes: Sequence[tuple[Sequence[NewMessage], Row, Row]]) -> None:
+def _same(expected: CacheState, now: CacheState) -> None:
+    """Whatever changes about a state but that it has settled, it changes under another epoch."""
+    if now.epoch != expected.epoch:
+        raise _OtherState(now)
+
+
+async def _store(
+    conn: asyncpg.Connection, writes: Sequence[tuple[Sequence[NewMessage], Row, Row]]
+) -> CacheState:
+    """Stores the messages, and says the state of the cache as it is now."""
     columns = MessageColumns()
     for messages, before, _ in writes:
         columns.add(before.session.session_id, messages, first_seq=before.session.message_count + 1)
-    await conn.execute(
+    record = await conn.fetchrow(
         statements.APPEND,
         [after.session.session_id for _, _, after in writes],
         [after.session.message_count for _, _, after in writes],
@@ -675,6 +709,7 @@ async def _store(conn: asyncpg.Connection, writes: Sequence[tuple[Sequence[NewMe
         [after.session.last_activity for _, _, after in writes],
         *columns.arrays,
     )
+    return _state(record)
 
 
 def _committed(messages: Sequence[NewMessage], before: Row, after: Row, state: CacheState) -> Committed:

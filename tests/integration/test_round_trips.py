@@ -52,15 +52,15 @@ TOUCH = [*WATCHED, "MULTI", "PEXPIRE", "EXEC"]
 NOTHING_THERE = [*WATCHED, "UNWATCH"]
 
 CREATE = ["BEGIN", "create", "COMMIT"]
-WRITE = ["BEGIN", "lock session", "state", "append", "COMMIT"]
+WRITE = ["BEGIN", "lock session", "append", "COMMIT"]
 KEYED_WRITE = ["BEGIN", "lock session", "state and stored", "append", "COMMIT"]
 REPLAY = ["BEGIN", "lock session", "state and stored", "COMMIT"]
 REPLAYED_TURN = ["BEGIN", "lock session", "state and stored", "messages by id", "COMMIT"]
 BEGUN = ["BEGIN", "lock session", "state and stored", "hold turn", "append", "COMMIT"]
-FINISHED = ["BEGIN", "lock session", "state", "release turn", "append", "COMMIT"]
+FINISHED = ["BEGIN", "lock session", "release turn", "append", "COMMIT"]
 LOCKED = ["BEGIN", "lock session", "state", "COMMIT"]
 LOCKED_NOT_FOUND = ["BEGIN", "lock session", "state", "ROLLBACK"]
-WRITE_NOT_FOUND = ["BEGIN", "lock session", "sessions there", "state", "COMMIT"]
+WRITE_NOT_FOUND = ["BEGIN", "lock session", "sessions there", "COMMIT"]
 LOCKED_READ = ["BEGIN", "lock session", "state", "messages", "COMMIT"]
 DELETE = [
     *("BEGIN", "lock session for delete", "state"),

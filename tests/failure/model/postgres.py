@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
 from app.chat import CHAIN_START, ChatSession, Message, NewMessage, body_of, next_chain
-from app.coherence.ports import Adopted, CacheState, Committed, Fence, Owner, Row, RowBusy
+from app.coherence.ports import Adopted, CacheState, Committed, Fence, Interrupted, Owner, Row, RowBusy
 from app.errors import AdoptionPending, ChatError, CommitUnknown, DurableStoreUnavailable
 from app.postgres.store import owned, visible
 from app.store import Append, History, Turn
@@ -258,11 +258,20 @@ class ModelKeeper(_Client):
         return self._server.state
 
 
+class _OtherState(Interrupted):
+    def __init__(self, state: CacheState) -> None:
+        self.state = state
+        super().__init__("another epoch")
+
+
 class ModelDurable(_Client):
     """Keeps `DurableStore`, in the order of `app/postgres/store.py`."""
 
     #: The mutant without half of rule 3 reads what it fills without the lock.
     locks = True
+
+    #: The mutant without half of rule 4 takes the state that it has heard of for the one after the row lock.
+    looks_again = True
 
     def seconds_since_heard(self) -> float:
         return 1.0
@@ -307,7 +316,10 @@ class ModelDurable(_Client):
     ) -> list[Committed | Exception]:
         outcomes: dict[UUID, Committed | Exception] = {}
         while left := [append for append in appends if append.session_id not in outcomes]:
-            outcomes.update(await self._commit_all(left, fence, waits=waits))
+            try:
+                outcomes.update(await self._commit_all(left, fence, waits=waits))
+            except _OtherState as other:
+                fence.admit(other.state)
         return [outcomes[append.session_id] for append in appends]
 
     async def _commit_all(
@@ -324,7 +336,9 @@ class ModelDurable(_Client):
                 rows[session_id] = await self._locked(tx, session_id, limit)
             missed = [session_id for session_id, row in rows.items() if row is None]
             busy = await self._ask(self._there, tx, missed) if missed and not waits else frozenset()
-            state, stored = await self._ask(self._state_and_stored, tx, appends)
+            now, stored = await self._ask(self._state_and_stored, tx, appends)
+            # What a request without a key is made under. Those with one see the state here: the easier case.
+            state = (fence.expected() if any(rows.values()) else None) or now
             if any(rows.values()):
                 fence.admit(state)
             for append in appends:
@@ -370,7 +384,7 @@ class ModelDurable(_Client):
         rows = [(before, after) for _, before, after in writes]
         marking = asyncio.ensure_future(fence.mark(rows, state))
         try:
-            await self._ask(self._in, tx)
+            now = await self._ask(self._in, tx)
         except GeneratorExit:
             raise
         except BaseException:
@@ -378,6 +392,8 @@ class ModelDurable(_Client):
             raise
         await asyncio.wait([marking])
         refusals = zip(rows, marking.result(), strict=True)
+        if self.looks_again and now.epoch != state.epoch:
+            raise _OtherState(now)
         return {after.session.session_id: exc for (_, after), exc in refusals if exc is not None}
 
     def locked(self, session_id: UUID) -> "_Locking":
