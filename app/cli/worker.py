@@ -29,6 +29,7 @@ from typing import Any
 
 import uvicorn
 
+from app.cli.http_protocol import OneWriteProtocol
 from app.errors import ChatError
 from app.settings import Settings, read_settings
 
@@ -94,6 +95,7 @@ async def serve_here(
     app = create_app(settings, embedded=embedded)
     config = uvicorn.Config(
         app,
+        http=OneWriteProtocol,
         log_config=None,
         access_log=False,
         # Nothing here asks who the client is, or by which scheme he came.
