@@ -172,3 +172,9 @@ class RangeRefused(ChatError):
     """a report can't be made over that range of time"""
 
     code = "range_refused"
+
+
+class QueryRefused(ChatError):
+    """that can't be searched for"""
+
+    code = "query_refused"

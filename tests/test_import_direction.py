@@ -39,7 +39,7 @@ MAY_IMPORT = {
     | {"coherence", "hybrid", "redis_only", "live", "postgres", "redis_sessions", "maintenance"}
     | {"assistants", "settings", "__init__"},
     "metrics": DOMAIN | {"wiring"},
-    "api": DOMAIN | {"assistants", "settings", "wiring", "metrics", "__init__"},
+    "api": DOMAIN | {"analytics", "assistants", "settings", "wiring", "metrics", "__init__"},
     "cli": DOMAIN
     | {
         "coherence",

@@ -1,5 +1,6 @@
 """The application: routes, errors, documentation, and the lifespan that opens and closes everything."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from app import __version__
-from app.api import health, hot, metrics, problems, sessions
+from app.api import analytics, health, hot, metrics, problems, sessions
 from app.settings import Settings
 from app.wiring import open_runtime
 
@@ -34,6 +35,7 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_runtime(settings, embedded=embedded) as runtime:
             app.state.runtime = runtime
+            app.state.searches = asyncio.Semaphore(analytics.SEARCHES_AT_ONCE)
             yield
 
     app = FastAPI(
@@ -44,7 +46,7 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    routers = (sessions.router, health.router, metrics.router)
+    routers = (sessions.router, analytics.router, health.router, metrics.router)
     problems.install(app, [route for router in routers for route in router.routes])
     for router in routers:
         app.include_router(router)

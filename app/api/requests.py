@@ -94,8 +94,19 @@ async def caller(
     return _storable_user(user_id, runtime)
 
 
+async def only_user(
+    runtime: Served,
+    user_id: Annotated[
+        str | None,
+        Query(min_length=1, max_length=256, description="only this user's sessions", examples=["user123"]),
+    ] = None,
+) -> str | None:
+    return _storable_user(user_id, runtime)
+
+
 Owner = Annotated[str, Depends(owner)]
 Caller = Annotated[str | None, Depends(caller)]
+OnlyUser = Annotated[str | None, Depends(only_user)]
 
 
 def _all_lines(request: Request, name: str) -> str:

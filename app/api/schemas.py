@@ -27,12 +27,12 @@ def _plausible(moment: datetime) -> datetime:
     return utc
 
 
-_RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
+RFC3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
 def _rfc3339(value: object) -> object:
     # pydantic would take a number for seconds since 1970, or a date for its midnight.
-    if not isinstance(value, str) or not _RFC3339.fullmatch(value):
+    if not isinstance(value, str) or not RFC3339.fullmatch(value):
         raise ValueError("should be RFC 3339, such as 2025-11-14T10:30:00.123Z")
     return value
 
@@ -178,6 +178,37 @@ class SessionsOut(BaseModel):
 
 class DeletedOut(BaseModel):
     message: str = Field(examples=[f"Session {_ID} deleted"])
+
+
+class HitOut(BaseModel):
+    session_id: str = Field(examples=[_ID])
+    user_id: str | None = Field(examples=["user123"])
+    seq: int = Field(description="its place in the session, from 1", examples=[1])
+    role: Role
+    created_at: str = Field(examples=[_TIME])
+    snippet: str = Field(
+        description="the content around the first hit, as it was stored: text, never markup",
+        examples=["Điều kiện tham gia đấu thầu?"],
+    )
+    snippet_start: int = Field(description="where in the content the snippet begins", examples=[0])
+    content_characters: int = Field(description="how long the content is", examples=[28])
+    marks: list[tuple[int, int]] = Field(
+        description="begin and end of each hit in the snippet; like all places here in Unicode code points",
+        examples=[[(0, 9)]],
+    )
+
+
+class FoundOut(BaseModel):
+    hits: list[HitOut] = Field(description="newest first")
+    searched_from: str = Field(
+        description="the range has been searched from its end back to here", examples=[_TIME]
+    )
+    partial: bool = Field(description="it took long: the page ended before it was full", examples=[False])
+    next: str | None = Field(
+        None,
+        description="`after` of the next page; absent when the whole range has been searched",
+        examples=["1762502400000.1763116200123.01998f2e5b7c7d3a9f102b6d4c8e1a55.2"],
+    )
 
 
 class StoreOut(BaseModel):

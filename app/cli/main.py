@@ -22,13 +22,16 @@ for command in (
     "doctor",
     "show",
     "report",
+    "search",
+    "search-index",
     "verify",
     "repair",
     "mode",
     "adopt",
 ):
-    module: Any = importlib.import_module(f"app.cli.{command}")
-    app.command(command)(getattr(module, command))
+    name = command.replace("-", "_")
+    module: Any = importlib.import_module(f"app.cli.{name}")
+    app.command(command)(getattr(module, name))
 
 
 def main() -> None:

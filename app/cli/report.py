@@ -1,35 +1,19 @@
 """`chat-sessions report NAME`: numbers about the archived chats, by SQL that anybody can read."""
 
 import asyncio
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated
 
 import typer
 
 from app.analytics.reports import REPORTS, Report, last_days, run
 from app.chat import format_time, utc_now
+from app.cli.moments import moment
 from app.cli.output import Json, fail, print_json, print_table, refusals_are_lines
 from app.cli.targets import command_settings, required_database_url
 from app.wiring import open_database
 
 _DAYS = 30
-
-# Room for the days before a range that a report looks back on, and after it.
-_YEARS = range(1970, 9999)
-
-
-def _moment(text: str) -> datetime:
-    """A date or a time as people type it; UTC where it does not say otherwise."""
-    try:
-        moment = datetime.fromisoformat(text)
-        if moment.tzinfo is None:
-            moment = moment.replace(tzinfo=UTC)
-        moment = moment.astimezone(UTC)
-    except (ValueError, OverflowError) as exc:
-        raise typer.BadParameter(f"{text!r} is no time like 2026-01-31 or 2026-01-31T09:30+07:00") from exc
-    if moment.year not in _YEARS:
-        raise typer.BadParameter(f"{text!r} is not between the years {_YEARS[0]} and {_YEARS[-1]}")
-    return moment
 
 
 def report(
@@ -37,7 +21,7 @@ def report(
     since: Annotated[
         datetime | None,
         typer.Option(
-            parser=_moment,
+            parser=moment,
             metavar="TIME",
             help="from this moment on: 2026-01-31, or 2026-01-31T09:30+07:00; UTC unless it says otherwise "
             rf"\[default: {_DAYS} days, the last one included]",
@@ -45,7 +29,7 @@ def report(
     ] = None,
     until: Annotated[
         datetime | None,
-        typer.Option(parser=_moment, metavar="TIME", help=r"before this moment \[default: now]"),
+        typer.Option(parser=moment, metavar="TIME", help=r"before this moment \[default: now]"),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="how many rows of a ranking")] = 20,
     json: Json = False,

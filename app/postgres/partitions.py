@@ -34,6 +34,12 @@ def partition_name(month: date) -> str:
     return "chat_messages_legacy" if month == LEGACY_MONTH else f"chat_messages_{month:%Y_%m}"
 
 
+def partition_month(name: str) -> date:
+    """The month that `partition_name` has named."""
+    year, _, month = name.removeprefix("chat_messages_").partition("_")
+    return date(int(year), int(month), 1) if month else LEGACY_MONTH
+
+
 async def existing_partitions(database: Database) -> list[str]:
     async with database.connection() as conn:
         rows = await conn.fetch(

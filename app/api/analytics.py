@@ -1,0 +1,183 @@
+"""The calls under `/api/analytics`: what the archive says."""
+
+import asyncio
+import re
+from datetime import UTC, date, datetime, time
+from http import HTTPStatus
+from typing import Annotated, Any
+from uuid import UUID
+
+from fastapi import APIRouter, Depends, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import AfterValidator, BeforeValidator
+
+from app.analytics import search as searching
+from app.api import strict_json
+from app.api.problems import RequestRefused, refused_field
+from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, readable_query
+from app.api.schemas import RFC3339, FoundOut, Problem
+from app.chat import Role, cut_to_milliseconds, format_time, utc_now
+from app.errors import Overloaded, QueryRefused, RangeRefused
+
+router = APIRouter(prefix="/api/analytics", tags=["analytics"], dependencies=[Depends(readable_query)])
+
+#: Of one process: they take long, and share its connections with the chats.
+SEARCHES_AT_ONCE = 2
+
+_YEARS = range(1970, 9999)
+
+# The begin of the range and the place, in milliseconds since 1970, the session and the seq.
+_CURSOR = re.compile(r"([0-9]{1,14})\.([0-9]{1,14})\.([0-9a-f]{32})\.([0-9]{1,10})", re.ASCII)
+_SEQ_MAX = 2**31 - 1
+
+
+def _day_or_moment(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
+        return datetime.combine(date.fromisoformat(value), time(), UTC)
+    if not isinstance(value, str) or not RFC3339.fullmatch(value):
+        raise ValueError("should be a day such as 2025-11-14, or RFC 3339 such as 2025-11-14T10:30:00+07:00")
+    return value
+
+
+def _in_calendar(moment: datetime) -> datetime:
+    if moment.year not in _YEARS:
+        raise ValueError(f"should lie between the years {_YEARS[0]} and {_YEARS[-1]}")
+    return cut_to_milliseconds(moment)
+
+
+#: Stands after `Query` in an `Annotated`. A day is its midnight in UTC.
+MOMENT = (BeforeValidator(_day_or_moment), AfterValidator(_in_calendar))
+
+
+def _cursor_text(since: datetime, place: searching.Place) -> str:
+    return f"{_milliseconds(since)}.{_milliseconds(place.created_at)}.{place.session_id.hex}.{place.seq}"
+
+
+def _milliseconds(moment: datetime) -> int:
+    return round(moment.timestamp() * 1000)
+
+
+def _moment(milliseconds: str) -> datetime:
+    seconds, rest = divmod(int(milliseconds), 1000)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest * 1000)
+
+
+def _cursor(after: str) -> tuple[datetime, searching.Place]:
+    if not (place := _CURSOR.fullmatch(after)) or int(place[4]) > _SEQ_MAX:
+        raise refused_field(
+            "unknown_cursor", "query.after", "is no cursor of a search: take it from `next` of a page"
+        )
+    return _moment(place[1]), searching.Place(_moment(place[2]), UUID(place[3]), int(place[4]))
+
+
+@router.get(
+    "/search",
+    response_model=FoundOut,
+    response_model_exclude_none=True,
+    summary="Search the transcripts, newest first",
+    responses={
+        status: {"model": Problem, "description": described}
+        for status, described in {
+            409: "there is no archive: the service runs on Redis alone",
+            422: "bad input: each field is named",
+            503: "PostgreSQL can't be reached, or two searches are under way; see `Retry-After`",
+        }.items()
+    },
+)
+async def search(
+    request: Request,
+    runtime: Served,
+    user_id: OnlyUser,
+    q: Annotated[
+        str,
+        Query(
+            description="case and accents never matter, in any Unicode form",
+            examples=["điều kiện"],
+            min_length=searching.CHARACTERS_MIN,
+            max_length=searching.CHARACTERS_MAX,
+        ),
+    ],
+    match: Annotated[
+        searching.Match,
+        Query(
+            description='words: all of them, whole, in any order; in "quotation marks": one after the other. '
+            "substring: the text as it is"
+        ),
+    ] = "words",
+    since: Annotated[
+        datetime | None,
+        Query(alias="from", description="default: 7 days before `to`", examples=["2025-11-14"]),
+        *MOMENT,
+    ] = None,
+    until: Annotated[
+        datetime | None,
+        Query(alias="to", description="exclusive; default: now", examples=["2025-11-21T00:00:00+07:00"]),
+        *MOMENT,
+    ] = None,
+    role: Annotated[Role | None, Query(description="only messages of this role")] = None,
+    limit: Annotated[
+        int, Query(ge=1, le=searching.LIMIT_MAX, description="hits of a page", examples=[20]), WHOLE_NUMBER
+    ] = 20,
+    after: Annotated[
+        str | None,
+        Query(
+            description="the `next` of the page before, with the same other parameters; it holds the range, so "
+            "`from` and `to` are not looked at",
+            examples=["1762502400000.1763116200123.01998f2e5b7c7d3a9f102b6d4c8e1a55.2"],
+            json_schema_extra={"pattern": f"^{_CURSOR.pattern}$"},
+        ),
+    ] = None,
+) -> Response:
+    """At most 92 days at once. Follow `next` until it is absent: then the whole range has been searched. A page with
+    `partial` ended because it took long: it may hold few hits, or none, and `next` goes on.
+    """
+    if runtime.database is None:
+        raise RequestRefused(
+            "no_archive",
+            "chats are kept in Redis alone: without DATABASE_URL there is no archive",
+            status=HTTPStatus.CONFLICT,
+        )
+    if flaw := strict_json.text_flaw(q):
+        raise refused_field("text_not_storable", "query.q", flaw)
+    if after is not None:
+        begin, before = _cursor(after)
+    else:
+        before = searching.Place(until or utc_now())
+        begin = since or before.created_at - searching.DEFAULT_RANGE
+    try:
+        query = searching.parse_query(q, match)
+    except QueryRefused as exc:
+        raise refused_field(exc.code, "query.q", str(exc)) from exc
+    at_once: asyncio.Semaphore = request.app.state.searches
+    if at_once.locked():
+        raise Overloaded(f"{SEARCHES_AT_ONCE} searches are under way already", retry_after_seconds=2)
+    try:
+        async with at_once:
+            page = await searching.search(
+                runtime.database, query, since=begin, before=before, user_id=user_id, role=role, limit=limit
+            )
+    except RangeRefused as exc:
+        raise refused_field(exc.code, "query.after" if after is not None else "query.from", str(exc)) from exc
+    return JSONResponse(_found(page, begin))
+
+
+def _found(page: searching.Page, since: datetime) -> dict[str, Any]:
+    return {
+        "hits": [
+            {
+                "session_id": str(hit.place.session_id),
+                "user_id": hit.user_id,
+                "seq": hit.place.seq,
+                "role": hit.role,
+                "created_at": format_time(hit.place.created_at),
+                "snippet": hit.snippet,
+                "snippet_start": hit.snippet_start,
+                "content_characters": hit.content_characters,
+                "marks": [list(mark) for mark in hit.marks],
+            }
+            for hit in page.hits
+        ],
+        "searched_from": format_time(since if page.next is None else page.next.created_at),
+        "partial": page.partial,
+        **({"next": _cursor_text(since, page.next)} if page.next is not None else {}),
+    }
