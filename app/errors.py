@@ -178,3 +178,15 @@ class QueryRefused(ChatError):
     """that can't be searched for"""
 
     code = "query_refused"
+
+
+class ArchiveRefused(ChatError):
+    """the files can't be written or read"""
+
+    code = "archive_refused"
+
+
+class HistoryDiffers(ChatError):
+    """the session is stored with another history: neither is the beginning of the other"""
+
+    code = "history_differs"

@@ -65,7 +65,9 @@ from app.coherence.ports import (
     LockedSession,
     MarkOutcome,
     ModeChanged,
+    Piece,
     Published,
+    Restored,
     Row,
     RowBusy,
     SessionCache,
@@ -651,6 +653,29 @@ class HybridChatSessionStore:
                 if replaced and row is not None and row.owner == "redis":
                     await locked.give_to("postgres")
         return replaced
+
+    async def restore(self, pieces: Sequence[Piece]) -> list[Restored | ChatError]:
+        """Takes over what files have of sessions, as `DurableStore.restore` says. A write like any other: marked
+        before it commits, so that no reader believes a copy that was made before it. Nothing is published: what is
+        old may stay out of Redis until somebody asks for it.
+        """
+        return await self._to_its_end(self._restore(pieces))
+
+    async def _restore(self, pieces: Sequence[Piece]) -> list[Restored | ChatError]:
+        outcomes = await self._admitted(lambda: self._durable.restore(pieces, self._fence))
+        for index, outcome in enumerate(outcomes):
+            if isinstance(outcome, AdoptionPending):
+                outcomes[index] = await self._restored_after_adoption(pieces[index])
+        return outcomes
+
+    async def _restored_after_adoption(self, piece: Piece) -> Restored | ChatError:
+        """Redis holds the session for itself: what it holds comes first, and the file is compared with that."""
+        try:
+            await self.adopt(piece.session.session_id)
+        except AdoptionPending as exc:
+            return exc
+        [outcome] = await self._admitted(lambda: self._durable.restore([piece], self._fence))
+        return outcome
 
     def _admit_adoption(self, state: CacheState, watch: Watch) -> None:
         self._fence.admit(state)

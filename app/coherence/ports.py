@@ -360,6 +360,30 @@ class Adopted:
     expired: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """A stretch of a session's history as a file has it: `messages` from `first_seq` on, after a history with `chain`."""
+
+    session: ChatSession
+    metadata: str
+    first_seq: int
+    chain: bytes
+    messages: tuple[NewMessage, ...]
+
+    @property
+    def last_seq(self) -> int:
+        return self.first_seq + len(self.messages) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What a piece came to: `added` of its messages are new, `known` were there."""
+
+    created: bool
+    added: int
+    known: int
+
+
 class LockedSession(Protocol):
     """A session's row, locked `FOR NO KEY UPDATE` until the transaction ends."""
 
@@ -412,6 +436,16 @@ class DurableStore(Protocol):
         fails with stands in its place, and keeps no other from being committed.
 
         Without `waits` a session whose row another has locked is `RowBusy`.
+        """
+        ...
+
+    async def restore(self, pieces: Sequence[Piece], fence: Fence) -> list[Restored | ChatError]:
+        """One transaction for pieces of different sessions: makes the sessions that are missing, and appends what the
+        stored history has not, where one of the two is the beginning of the other. Nothing that is stored changes.
+        What is known already is neither locked nor marked. In a piece's place stands what it was refused with:
+        `HistoryDiffers`, or `AdoptionPending`.
+
+        Raises `ModeRefused` in any mode but hybrid.
         """
         ...
 

@@ -75,6 +75,21 @@ INSERT INTO chat.chat_sessions (session_id, user_id, created_at, last_activity, 
 VALUES ($1, $2, $3, $4, 'redis') ON CONFLICT ON CONSTRAINT chat_sessions_pkey DO NOTHING
 """
 
+# Out of files, in the order of the ids: two that do so at once wait for each other, and never both.
+RESTORE = """
+INSERT INTO chat.chat_sessions (session_id, user_id, created_at, last_activity, metadata)
+SELECT * FROM unnest($1::uuid[], $2::text[], $3::timestamptz[], $4::timestamptz[], $5::json[])
+ON CONFLICT ON CONSTRAINT chat_sessions_pkey DO NOTHING
+"""
+
+SESSIONS = f"SELECT {_SESSION} FROM chat.chat_sessions WHERE session_id = ANY($1::uuid[])"
+
+# Ids by seq: whether a stretch of a history is the stored one.
+IDS = """
+SELECT message_id FROM chat.chat_messages
+WHERE session_id = $1 AND session_month = $2 AND seq BETWEEN $3 AND $4 ORDER BY seq
+"""
+
 OWNED_BY_REDIS = "SELECT session_id FROM chat.chat_sessions WHERE user_id = $1 AND owner = 'redis'"
 
 # A page of all that Redis owns, by id.

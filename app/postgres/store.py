@@ -37,6 +37,8 @@ from app.coherence.ports import (
     Interrupted,
     ModeChanged,
     Owner,
+    Piece,
+    Restored,
     Row,
     RowBusy,
     refuse_other_protocols,
@@ -46,7 +48,9 @@ from app.errors import (
     AdoptionPending,
     ChatError,
     DurableStoreUnavailable,
+    HistoryDiffers,
     IdempotencyKeyReused,
+    ModeRefused,
     NotYetVisible,
     SeqMismatch,
     SessionNotFound,
@@ -444,6 +448,66 @@ class PostgresChatSessionStore:
                 stored.setdefault(record["session_id"], {})[record["message_id"]] = record
         return _state(records[0] if records else None), stored
 
+    async def restore(self, pieces: Sequence[Piece], fence: Fence) -> list[Restored | ChatError]:
+        outcomes: dict[UUID, Restored | ChatError] = {}
+        async with self._database.connection() as conn:
+            await _compare(conn, statements.SESSIONS, pieces, outcomes)
+        # Locks in the order of the ids, also those of rows that are being made.
+        new = sorted(_left(pieces, outcomes), key=lambda piece: piece.session.session_id)
+        if new:
+            await make_partitions(
+                self._database, sorted({session_month(piece.session.session_id) for piece in new})
+            )
+        while new:
+            try:
+                outcomes |= await self._restore(new, fence)
+                break
+            except _Refused as refused:
+                outcomes.update({new[index].session.session_id: exc for index, exc in refused.writes.items()})
+                new = _left(new, outcomes)
+        return [outcomes[piece.session.session_id] for piece in pieces]
+
+    async def restore_unfenced(self, pieces: Sequence[Piece]) -> list[Restored | ChatError]:
+        """The same where no cache is served. Raises `ModeRefused` where there may be one."""
+        try:
+            return await self.restore(pieces, self._fence)
+        except (CacheTrusted, ModeChanged) as exc:
+            raise ModeRefused(
+                f"the database is served with Redis: {exc}",
+                hint="set ENABLE_REDIS_SESSIONS as the services have it",
+            ) from exc
+
+    async def _restore(self, pieces: Sequence[Piece], fence: Fence) -> dict[UUID, Restored | ChatError]:
+        outcomes: dict[UUID, Restored | ChatError] = {}
+        async with self._database.transaction() as conn:
+            rows = await _compare(conn, statements.LOCK_SESSIONS, pieces, outcomes)
+            # Rule 4: read after the row lock.
+            state = _state(await conn.fetchrow(statements.STATE))
+            if state.mode != "hybrid":
+                raise ModeRefused(
+                    f"the database is in mode {state.mode}: Redis may hold what is imported, with newer messages",
+                    hint="run `chat-sessions mode hybrid` first, then this again",
+                )
+            fence.admit(state)
+            made = [piece for piece in _left(pieces, outcomes) if piece.session.session_id not in rows]
+            if made:
+                await _make_sessions(conn, made)
+            writes: list[_Write] = []
+            for index, piece in enumerate(pieces):
+                session_id = piece.session.session_id
+                if session_id in outcomes:
+                    continue
+                row = rows.get(session_id) or _empty(piece.session)
+                known = row.session.message_count - piece.first_seq + 1
+                new = piece.messages[known:]
+                append = Append(session_id=session_id, messages=new)
+                after = _after(row, new, last_activity=piece.session.last_activity)
+                writes.append(_Write(index, append, row, after))
+                outcomes[session_id] = Restored(created=session_id not in rows, added=len(new), known=known)
+            if writes:
+                await _store_and_mark(conn, writes, state, fence)
+        return outcomes
+
     async def context(self, turn: Turn, *, window: int) -> tuple[Message, ...]:
         try:
             history = await self.read_history(
@@ -600,6 +664,80 @@ async def _replay(
         question=found[first["message_id"]],
         answer=answer,
     )
+
+
+def _left(pieces: Sequence[Piece], outcomes: Mapping[UUID, Restored | ChatError]) -> list[Piece]:
+    return [piece for piece in pieces if piece.session.session_id not in outcomes]
+
+
+def _empty(session: ChatSession) -> Row:
+    return Row(session=replace(session, message_count=0, first_available_seq=1), chain=CHAIN_START)
+
+
+async def _make_sessions(conn: asyncpg.Connection, pieces: Sequence[Piece]) -> None:
+    sessions = [piece.session for piece in pieces]
+    done = await conn.execute(
+        statements.RESTORE,
+        [session.session_id for session in sessions],
+        [session.user_id for session in sessions],
+        [session.created_at for session in sessions],
+        [session.last_activity for session in sessions],
+        [piece.metadata for piece in pieces],
+    )
+    if int(done.rpartition(" ")[2]) != len(pieces):
+        # Made since we looked for their locks: the next attempt finds them.
+        raise RowBusy
+
+
+async def _compare(
+    conn: asyncpg.Connection,
+    rows_of: str,
+    pieces: Sequence[Piece],
+    outcomes: dict[UUID, Restored | ChatError],
+) -> dict[UUID, Row]:
+    """The rows that are there; notes the outcome of each piece that needs no write, or must not have one."""
+    records = await conn.fetch(rows_of, [piece.session.session_id for piece in pieces])
+    rows = {record["session_id"]: row_of(record) for record in records}
+    for piece in pieces:
+        row = rows.get(piece.session.session_id)
+        try:
+            known = await _known(conn, piece, row)
+        except ChatError as exc:
+            outcomes[piece.session.session_id] = exc
+        else:
+            if row is not None and known == len(piece.messages):
+                outcomes[piece.session.session_id] = Restored(created=False, added=0, known=known)
+    return rows
+
+
+async def _known(conn: asyncpg.Connection, piece: Piece, row: Row | None) -> int:
+    """How many messages of the piece are stored, if its history and the stored one are the same as far as both go."""
+    count = row.session.message_count if row is not None else 0
+    ids = [message.message_id for message in piece.messages]
+    if row is not None and row.session.user_id != piece.session.user_id:
+        raise HistoryDiffers(f"session {piece.session.session_id} is stored as another user's: left as it is")
+    if row is not None and row.owner == "redis":
+        raise AdoptionPending
+    if piece.first_seq - 1 <= count <= piece.last_seq:
+        known = count - piece.first_seq + 1
+        same = next_chain(piece.chain, ids[:known]) == (row.chain if row is not None else CHAIN_START)
+    elif count > piece.last_seq:
+        known = len(ids)
+        records = await conn.fetch(
+            statements.IDS,
+            *(piece.session.session_id, session_month(piece.session.session_id)),
+            *(piece.first_seq, piece.last_seq),
+        )
+        same = [record["message_id"] for record in records] == ids
+    else:
+        raise HistoryDiffers(
+            f"session {piece.session.session_id} has {count} messages, those from {piece.first_seq} on can't follow"
+        )
+    if not same:
+        raise HistoryDiffers(
+            f"session {piece.session.session_id} is stored with another history ({count} messages): left as it is"
+        )
+    return known
 
 
 async def _busy(conn: asyncpg.Connection, appends: Sequence[Append], rows: Mapping[UUID, Row]) -> set[UUID]:
