@@ -33,6 +33,8 @@ MAY_IMPORT = {
     "maintenance": DOMAIN | {"coherence", "hybrid", "postgres", "redis_sessions"},
     "assistants": DOMAIN,
     "analytics": DOMAIN | {"postgres"},
+    # Takes what the API would have taken, and reads what stands in Redis.
+    "archive": DOMAIN | {"coherence", "postgres", "redis_sessions", "api"},
     "embedded": set(),
     "settings": {"errors"},
     "wiring": DOMAIN
@@ -47,6 +49,7 @@ MAY_IMPORT = {
         "redis_sessions",
         "maintenance",
         "analytics",
+        "archive",
         "embedded",
         "settings",
         "wiring",
@@ -71,6 +74,7 @@ ONLY_IN = {
     "hiredis": {"app/redis_sessions"},
     "sqlalchemy": {"app/postgres", "app/analytics", "migrations"},
     "asyncpg": {"app/postgres", "app/analytics", "app/cli/doctor.py"},
+    "pyarrow": {"app/archive/parquet.py"},
     "alembic": {"app/postgres/schema.py", "migrations"},
     "httpx": {"app/assistants/openai_compatible"},
     "prometheus_client": {"app/metrics.py"},

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from keyword import iskeyword
 from typing import Any
 
 import typer
@@ -28,8 +29,12 @@ for command in (
     "repair",
     "mode",
     "adopt",
+    "export",
+    "import",
 ):
     name = command.replace("-", "_")
+    # `import` is a word of Python's.
+    name = f"{name}_" if iskeyword(name) else name
     module: Any = importlib.import_module(f"app.cli.{name}")
     app.command(command)(getattr(module, name))
 

@@ -38,8 +38,8 @@ def refusals_are_lines(*, code: int = 1) -> Iterator[None]:
 
 
 @contextmanager
-def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's standard error; in a pipe nothing. Call it with how much was done since."""
+def progress_of_unknown(what: str) -> Iterator[tuple[Callable[[int | None], None], Callable[[int], None]]]:
+    """A bar whose total is found out on the way: call the first with it, the second with how much was done since."""
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),
@@ -50,8 +50,16 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
         disable=not console.is_terminal,
         transient=True,
     ) as shown:
-        task = shown.add_task(what, total=total)
-        yield lambda count: shown.advance(task, count)
+        task = shown.add_task(what, total=None)
+        yield lambda total: shown.update(task, total=total), lambda count: shown.advance(task, count)
+
+
+@contextmanager
+def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's standard error; in a pipe nothing. Call it with how much was done since."""
+    with progress_of_unknown(what) as (begin, advance):
+        begin(total)
+        yield advance
 
 
 def print_json(value: Any) -> None:

@@ -33,6 +33,8 @@ COMMANDS = (
     "adopt",
     "verify",
     "repair",
+    "export",
+    "import",
 )
 
 UNKNOWN = "01890000-0000-7000-8000-000000000000"
@@ -49,6 +51,12 @@ WRONG = (
     "show",
     "show abc",
     f"show {UNKNOWN} --messages 0",
+    "export out --month 2026-13",
+    "export out --from yesterday",
+    "export out --from 2026-02-01 --to 2026-01-01",
+    "export out --session abc",
+    "export out --format xml",
+    "import",
 )
 
 
