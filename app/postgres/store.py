@@ -462,6 +462,11 @@ class PostgresChatSessionStore:
             try:
                 outcomes |= await self._restore(new, fence)
                 break
+            except _OtherState as other:
+                fence.admit(other.state)
+            except RowBusy:
+                # Another made one of them since we looked for its lock: the next attempt finds it.
+                continue
             except _Refused as refused:
                 outcomes.update({new[index].session.session_id: exc for index, exc in refused.writes.items()})
                 new = _left(new, outcomes)
@@ -685,7 +690,6 @@ async def _make_sessions(conn: asyncpg.Connection, pieces: Sequence[Piece]) -> N
         [piece.metadata for piece in pieces],
     )
     if int(done.rpartition(" ")[2]) != len(pieces):
-        # Made since we looked for their locks: the next attempt finds them.
         raise RowBusy
 
 
