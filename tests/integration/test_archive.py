@@ -343,7 +343,8 @@ def killed_at_its_first_file(out: Path, database_url: str, cwd: Path) -> None:
 async def test_an_export_that_was_killed_goes_on_where_it_was(many, database, database_url, tmp_path):
     out, legacy = tmp_path / "out", tmp_path / "out" / "messages" / "month=legacy" / "messages.jsonl"
     async with database.transaction() as conn:
-        # The export waits here, with its first file begun.
+        # The export waits here, with its first file begun. To start takes it seconds where the machine is busy.
+        await conn.execute("SET LOCAL idle_in_transaction_session_timeout = 0")
         await conn.execute("LOCK TABLE chat.chat_messages_legacy IN ACCESS EXCLUSIVE MODE")
         await asyncio.to_thread(killed_at_its_first_file, out, database_url, tmp_path)
     assert list(out.rglob("*.part"))
