@@ -31,12 +31,30 @@ async def migrate(url: str, revision: str = "head") -> None:
 
 
 _TABLES = ("chat_sessions", "chat_messages", "chat_turns", "cache_state", "instances")
+# Last: what is deleted above leaves marks.
+_ROLLUPS = (
+    *("sessions", "times", "latencies", "latency_days", "session_days", "session_histograms", "user_days"),
+    *(
+        "users",
+        "lifecycles",
+        "visits",
+        "retention",
+        "sources",
+        "source_days",
+        "source_again",
+        "gone",
+        "dirty",
+        "state",
+    ),
+)
 
 
 async def empty(database: Database) -> None:
     """By DELETE: a TRUNCATE makes new files for every partition, which takes longer than most tests."""
     async with database.connection() as conn:
-        await conn.execute("; ".join(f"DELETE FROM chat.{table}" for table in _TABLES))
+        tables = [*_TABLES, *(f"rollup_{table}" for table in _ROLLUPS)]
+        await conn.execute("; ".join(f"DELETE FROM chat.{table}" for table in tables))
+        await conn.execute("INSERT INTO chat.rollup_state DEFAULT VALUES")
 
 
 async def shrink(database: Database) -> None:

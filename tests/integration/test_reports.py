@@ -512,12 +512,3 @@ class TestViews:
 
         assert "chat_messages" in str(plan)
         assert "chat_sessions" not in str(plan)
-
-    async def test_every_view_says_what_a_row_is(self, database):
-        comments = await fetch(
-            database,
-            "SELECT relname::text, obj_description(oid, 'pg_class') IS NOT NULL FROM pg_class "
-            "WHERE relnamespace = 'analytics'::regnamespace ORDER BY relname",
-        )
-
-        assert comments == [("messages", True), ("sessions", True), ("turns", True)]

@@ -25,6 +25,7 @@ from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from app.analytics.rollups import Rollups
 from app.chat import LEGACY_MONTH, new_uuid, session_month
 from app.coherence.ports import EPOCH_ZERO, PROTOCOL, Entry, Mode, Row
 from app.errors import DurableStoreUnavailable, StartRefused
@@ -271,6 +272,57 @@ async def test_a_downgrade_to_0001_lets_processes_of_protocol_0_serve_again(empt
     await conn.close()
     assert (state["protocol"], state["mode"]) == (0, "hybrid")
     assert state["epoch"] != claimed.epoch
+
+
+async def described(url: str) -> list[tuple[Any, ...]]:
+    """Columns of the views, with what is said of them, and the triggers."""
+    conn = await asyncpg.connect(url)
+    try:
+        columns = await conn.fetch(
+            "SELECT c.relname, c.reloptions, obj_description(c.oid, 'pg_class'), a.attname, a.atttypid, "
+            "col_description(c.oid, a.attnum) FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid "
+            "WHERE c.relnamespace = 'analytics'::regnamespace ORDER BY c.relname, a.attnum"
+        )
+        triggers = await conn.fetch("SELECT tgname FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1")
+        return [tuple(record) for record in (*columns, *triggers)]
+    finally:
+        await conn.close()
+
+
+@pytest.mark.parametrize("revision", ["0002", "0003"])
+async def test_a_downgrade_leaves_views_and_triggers_as_they_were(empty_url: str, revision: str) -> None:
+    await migrate(empty_url, revision)
+    before = await described(empty_url)
+    await migrate(empty_url)
+
+    await downgrade(empty_url, revision)
+
+    assert await described(empty_url) == before
+
+
+async def test_what_was_there_before_the_roll_ups_is_counted_afterwards(
+    empty_url: str,
+) -> None:
+    await migrate(empty_url, "0002")
+    database = Database(create_engine(empty_url, application_name="tests"))
+    await claim_state(database, redis_only=None)
+    store = PostgresChatSessionStore(database, ttl_seconds=3600)
+    gone = await new_session(store, "a", "b", "c")
+    await new_session(store, "a", "b")
+    await migrate(empty_url)
+    rollups = Rollups(database, timezone="UTC")
+
+    before = await rollups.pending()
+    await store.delete_session(gone)
+    done = await rollups.round()
+
+    assert (before.marks, before.backfills) == (0, True)
+    assert done is not None
+    assert done.complete
+    async with database.connection() as conn:
+        assert await conn.fetchval("SELECT sum(messages) FROM analytics.messages_daily") == 2
+        assert await conn.fetchval("SELECT complete FROM analytics.rollup_state")
+    await database.close()
 
 
 async def test_a_database_without_the_schema_has_no_revision(empty_url: str) -> None:
