@@ -15,6 +15,7 @@ from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
+from app.analytics.rollups import MARKS_TOLD_MAX
 from app.store import StoreHealth
 from app.wiring import Runtime, ServedMode
 
@@ -98,17 +99,22 @@ class Observed:
     counts: Mapping[str, float]
     trusted: bool = False
     lease_seconds_left: float = 0.0
+    rollup_lag_seconds: float = 0.0
+    rollup_dirty: int = 0
 
 
 def observed(runtime: Runtime) -> Observed:
     stores = runtime.stores
     if stores is None:
         return Observed(mode=runtime.mode, counts={})
+    pending = runtime.rollups.pending if runtime.rollups is not None else None
     return Observed(
         mode=runtime.mode,
         counts={field: getattr(stores.counts, field) for field in COUNTERS},
         trusted=stores.lease.current() is not None,
         lease_seconds_left=stores.lease.seconds_left(),
+        rollup_lag_seconds=pending.lag_seconds if pending is not None else 0.0,
+        rollup_dirty=pending.marks if pending is not None else 0,
     )
 
 
@@ -177,6 +183,18 @@ def _coherence(processes: Sequence[tuple[dict[str, str], Observed]]) -> Iterable
         "How long the lease lasts unless it is renewed, which happens five times in its length. "
         "0: PostgreSQL has not answered for a second.",
         ((worker, one.lease_seconds_left) for worker, one in processes),
+    )
+    yield _gauge(
+        "chat_rollup_lag_seconds",
+        "How old the oldest write is that reports do not have yet, as this process saw it last. "
+        "More than 5 for long: look at the log, and at `chat-sessions rollup`.",
+        ((worker, one.rollup_lag_seconds) for worker, one in processes),
+    )
+    yield _gauge(
+        "chat_rollup_dirty_sessions",
+        f"Marks of writes that reports do not have yet, up to {MARKS_TOLD_MAX}. "
+        "It falls after an import; if it only grows, see chat_rollup_lag_seconds.",
+        ((worker, float(one.rollup_dirty)) for worker, one in processes),
     )
 
 

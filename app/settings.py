@@ -6,6 +6,7 @@ Values come from the environment and, below it, from `.env` in the working direc
 from pathlib import Path
 from typing import Annotated, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
+from zoneinfo import available_timezones
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -76,6 +77,9 @@ class Settings(BaseSettings):
         "serve", description="while PostgreSQL is out: serve cached history, labelled, or refuse it"
     )
     data_dir: Path = Field(Path(".data"), description="where embedded servers keep their data")
+    analytics_timezone: str = Field(
+        "UTC", description="whose days the reports have: a name like Asia/Ho_Chi_Minh"
+    )
 
     # The service.
     host: str = Field("127.0.0.1", description="the address to listen on")
@@ -154,6 +158,15 @@ class Settings(BaseSettings):
         ):
             raise ValueError("should be redis://host:6379 (rediss:// for TLS, unix:// for a socket)")
         _refuse_parameters(value, {"ssl_ca_certs", "ssl_cert_reqs", "ssl_certfile", "ssl_keyfile"})
+        return value
+
+    @field_validator("analytics_timezone")
+    @classmethod
+    def _timezone(cls, value: str) -> str:
+        # Where Python has no list of them, PostgreSQL, which has, is asked later.
+        known = available_timezones()
+        if known and value not in known:
+            raise ValueError("should be the name of a time zone, like UTC or Asia/Ho_Chi_Minh")
         return value
 
     @model_validator(mode="after")

@@ -9,6 +9,7 @@ from typing import Literal
 from uuid import UUID
 
 from app import __version__
+from app.analytics.rollups import BackgroundRollups, Rollups
 from app.assistants import Assistant, load_assistant
 from app.chat import new_uuid, utc_now
 from app.coherence.counts import Counts
@@ -68,6 +69,7 @@ class Runtime:
     store: ChatSessionStore
     assistant: Assistant
     stores: Stores | None
+    rollups: BackgroundRollups | None = None
     embedded: bool = False
 
     @property
@@ -165,7 +167,7 @@ async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIt
             deadline_seconds=settings.assistant_timeout_seconds,
         )
         stack.push_async_callback(assistant.close)
-        stores = None
+        stores = rollups = None
         if settings.database_url is None and settings.redis_only_mode:
             store: ChatSessionStore = _open_redis_only(stack, settings, claims=True)
         else:
@@ -187,13 +189,22 @@ async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIt
             store = _live(stack, settings, stores)
             upkeep = asyncio.create_task(_keep_partitions(stores.database))
             stack.push_async_callback(stop, upkeep)
+            rollups = BackgroundRollups(Rollups(stores.database, timezone=settings.analytics_timezone))
+            stack.push_async_callback(stop, asyncio.create_task(rollups.run()))
             if redis is not None:
                 adopter = _background_backfill(settings, stores, redis)
                 stack.push_async_callback(stop, asyncio.create_task(adopter.run()))
             if stores.cache is not None and stores.auditor is not None:
                 sampler = Sampler(stores.auditor, stores.cache, stores.lease, stores.counts)
                 stack.push_async_callback(stop, asyncio.create_task(sampler.run()))
-        yield Runtime(settings=settings, store=store, assistant=assistant, stores=stores, embedded=embedded)
+        yield Runtime(
+            settings=settings,
+            store=store,
+            assistant=assistant,
+            stores=stores,
+            rollups=rollups,
+            embedded=embedded,
+        )
 
 
 @contextmanager

@@ -39,8 +39,8 @@ MAY_IMPORT = {
     "settings": {"errors"},
     "wiring": DOMAIN
     | {"coherence", "hybrid", "redis_only", "live", "postgres", "redis_sessions", "maintenance"}
-    | {"assistants", "settings", "__init__"},
-    "metrics": DOMAIN | {"wiring"},
+    | {"assistants", "analytics", "settings", "__init__"},
+    "metrics": DOMAIN | {"analytics", "wiring"},
     "api": DOMAIN | {"analytics", "assistants", "settings", "wiring", "metrics", "__init__"},
     "cli": DOMAIN
     | {

@@ -25,6 +25,7 @@ for command in (
     "report",
     "search",
     "search-index",
+    "rollup",
     "verify",
     "repair",
     "mode",

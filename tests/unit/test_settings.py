@@ -224,7 +224,9 @@ def test_the_readme_lists_every_setting_with_its_default_and_meaning():
 
 
 def in_readme(default: object) -> str:
-    return "unset" if default is None else f"`{str(default).lower()}`"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    return "unset" if default is None else f"`{default}`"
 
 
 def test_the_example_file_names_only_settings_and_what_compose_reads():
