@@ -39,6 +39,10 @@ for command in (
     module: Any = importlib.import_module(f"app.cli.{name}")
     app.command(command)(getattr(module, name))
 
+for group in ("analyst",):
+    module = importlib.import_module(f"app.cli.{group}")
+    app.add_typer(getattr(module, group), name=group)
+
 
 def main() -> None:
     # A command says itself what it found out of order; `serve` sets up its log.

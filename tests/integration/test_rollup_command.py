@@ -1,20 +1,26 @@
-"""`chat-sessions rollup`, as it is called from a shell; and the service that counts."""
+"""`chat-sessions rollup` and `analyst`, as they are called from a shell; and the service that counts."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import asyncpg
 import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
 from app.analytics import rollups
 from app.cli.main import app
+from app.postgres.analysts import ANALYST
 from app.postgres.engine import Database
 from app.postgres.store import PostgresChatSessionStore
 from app.settings import Settings
 from app.wiring import open_runtime
 from tests.contract.suite import new_session, until
+from tests.integration.test_analysts import roles
+
+__all__ = ["roles"]
 
 pytestmark = pytest.mark.anyio
 
@@ -73,13 +79,26 @@ async def test_a_time_zone_that_is_none_is_named(call: Call) -> None:
     assert "ANALYTICS_TIMEZONE=Mars/Olympus: should be the name of a time zone" in done.stderr
 
 
-@pytest.mark.parametrize("command", [("rollup",)])
+@pytest.mark.parametrize("command", [("rollup",), ("analyst", "add", "lan")])
 async def test_a_database_that_can_not_be_reached_is_one_line(call: Call, command: tuple[str, ...]) -> None:
     done = await call(*command, DATABASE_URL="postgresql://chat:secret@127.0.0.1:1/chat")
 
     assert done.exit_code == 1
     assert "PostgreSQL can't be reached" in done.stderr
     assert "Traceback" not in done.output
+
+
+async def test_the_url_of_an_analyst_opens_the_views(call: Call, roles: Database) -> None:
+    made = await call("analyst", "add", "lan")
+    again = await call("analyst", "add", "lan", "--pii", "--json")
+
+    conn = await asyncpg.connect(made.stdout.strip())
+    try:
+        assert await conn.fetchval("SELECT count(*) FROM messages") == 0
+    finally:
+        await conn.close()
+    assert json.loads(again.stdout)["role"] == f"{ANALYST}_pii"
+    assert "lan@" in json.loads(again.stdout)["url"]
 
 
 async def test_a_service_counts_by_itself(
