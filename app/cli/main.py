@@ -26,6 +26,7 @@ for command in (
     "search",
     "search-index",
     "rollup",
+    "dictionary",
     "verify",
     "repair",
     "mode",

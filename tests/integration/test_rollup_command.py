@@ -1,4 +1,4 @@
-"""`chat-sessions rollup` and `analyst`, as they are called from a shell; and the service that counts."""
+"""`chat-sessions rollup`, `analyst` and `dictionary`, as they are called from a shell; and the service that counts."""
 
 import asyncio
 import json
@@ -79,7 +79,7 @@ async def test_a_time_zone_that_is_none_is_named(call: Call) -> None:
     assert "ANALYTICS_TIMEZONE=Mars/Olympus: should be the name of a time zone" in done.stderr
 
 
-@pytest.mark.parametrize("command", [("rollup",), ("analyst", "add", "lan")])
+@pytest.mark.parametrize("command", [("rollup",), ("dictionary",), ("analyst", "add", "lan")])
 async def test_a_database_that_can_not_be_reached_is_one_line(call: Call, command: tuple[str, ...]) -> None:
     done = await call(*command, DATABASE_URL="postgresql://chat:secret@127.0.0.1:1/chat")
 
@@ -99,6 +99,13 @@ async def test_the_url_of_an_analyst_opens_the_views(call: Call, roles: Database
         await conn.close()
     assert json.loads(again.stdout)["role"] == f"{ANALYST}_pii"
     assert "lan@" in json.loads(again.stdout)["url"]
+
+
+async def test_the_dictionary_is_printed(call: Call, database: Database) -> None:
+    done = await call("dictionary")
+
+    assert done.exit_code == 0
+    assert "## analytics.sessions_daily" in done.stdout
 
 
 async def test_a_service_counts_by_itself(
