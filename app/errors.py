@@ -174,6 +174,30 @@ class RangeRefused(ChatError):
     code = "range_refused"
 
 
+class UnknownTimezone(ChatError):
+    """there is no time zone of that name"""
+
+    code = "unknown_timezone"
+
+
+class TimezoneRefused(ChatError):
+    """a report can't be made in that time zone"""
+
+    code = "timezone_refused"
+
+
+class GranularityRefused(ChatError):
+    """a report can't be made in periods of that length"""
+
+    code = "granularity_refused"
+
+
+class UserRefused(ChatError):
+    """a report can't be made of one user"""
+
+    code = "user_refused"
+
+
 class QueryRefused(ChatError):
     """that can't be searched for"""
 

@@ -1,68 +1,188 @@
 """The named reports of `queries.sql`: what there is, and how one is run.
 
-A report reads the views of schema `analytics`, in one statement, over a range of time that is always bounded.
+A report reads the views of schema `analytics`, in one statement, over a range of time that is always bounded. It is read
+from roll-ups where they can say exactly what is asked for; else from the messages, over a short range; else it is refused.
 """
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, date, datetime, time, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from zoneinfo import available_timezones
 
 from sqlalchemy import text
 from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.chat import format_time
-from app.errors import RangeRefused, UnknownReport
+from app.errors import (
+    GranularityRefused,
+    RangeRefused,
+    TimezoneRefused,
+    UnknownReport,
+    UnknownTimezone,
+    UserRefused,
+)
 from app.postgres.engine import STATEMENT_TIMEOUT_SECONDS, Database
+
+Granularity = Literal["hour", "day", "week", "month"]
+Variant = Literal["days", "hours", "plain"]
 
 #: Reports by the day have a row for each: this bounds them.
 RANGE_DAYS_MAX = 3660
+#: Of a report that is read from the messages.
+PLAIN_DAYS_MAX = 92
+PERIODS_MAX = 10_000
+
+_AUTO_PERIODS = 62
+_PERIOD: Mapping[Granularity, timedelta] = {
+    "hour": timedelta(hours=1),
+    "day": timedelta(days=1),
+    "week": timedelta(days=7),
+    "month": timedelta(days=30),
+}
+
+# What reads nothing finer can as well read the other.
+_BY_HOUR = "analytics.messages_hourly AS t(at)"
+_BY_5_MINUTES = "analytics.messages_5_minutes AS t(at)"
 
 _QUERY_CANCELED = "57014"
+_NO_SUCH_ZONE = "22023"
 
 # Read only against a mistake in queries.sql. For one transaction, because a pooler keeps no more.
 _BOUNDS = text(
     "SELECT set_config('transaction_read_only', 'on', true), set_config('statement_timeout', "
     # The engine's plans are made once for all parameters; a report's range decides its plan.
-    f"'{STATEMENT_TIMEOUT_SECONDS:g}s', true), set_config('plan_cache_mode', 'auto', true)"
+    f"'{STATEMENT_TIMEOUT_SECONDS:g}s', true), set_config('plan_cache_mode', 'auto', true), "
+    # It takes longer to compile a report than to run it.
+    "set_config('jit', 'off', true)"
 )
+
+_STATE = text("SELECT timezone, complete, lag_seconds FROM analytics.rollup_state")
+
+# Both ends as local times, and whether the zone is whole hours, or whole five minutes, from UTC all the time between.
+_PLACE = text("""
+SELECT CAST(:since AS timestamptz) AT TIME ZONE :timezone AS since, CAST(:until AS timestamptz) AT TIME ZONE :timezone AS until,
+       bool_and(seconds % 3600 = 0) AS whole_hours, bool_and(seconds % 300 = 0) AS whole_five_minutes
+FROM (
+    SELECT extract(epoch FROM at AT TIME ZONE :timezone - at AT TIME ZONE 'UTC') AS seconds
+    FROM (
+        SELECT generate_series(CAST(:since AS timestamptz), CAST(:until AS timestamptz), interval '7 days') AS at
+        UNION ALL
+        SELECT CAST(:until AS timestamptz)
+    ) AS instants
+) AS offsets
+""")
+
+_UNITS = {"_ms": "milliseconds", "_rate": "ratio", "share": "ratio", "stickiness": "ratio", "change": "ratio"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Query:
-    """A named statement. `definition` is the sentence that says what its numbers mean."""
+    """A named statement. `definition` says what its numbers mean, `hours` and `plain` are the same from other views."""
 
     name: str
     definition: str
     sql: str
+    hours: str | None = None
+    plain: str | None = None
+
+    @property
+    def variants(self) -> dict[Variant, str]:
+        """By what they are read from, the fastest first."""
+        found: dict[Variant, str] = {"days" if ":first_day" in self.sql else "hours": self.sql}
+        if self.hours is not None:
+            found["hours"] = self.hours
+        if self.plain is not None:
+            found["plain"] = self.plain
+        return found
+
+    @property
+    def by_period(self) -> bool:
+        return ":granularity" in self.sql
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return (
+            *("from", "to", "timezone"),
+            *(("granularity",) if self.by_period else ()),
+            *(("user_id",) if self.plain is not None else ()),
+            *(("limit",) if ":limit" in self.sql else ()),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Rows in the order of the report; a value is text, a number, a date, or None for not known."""
+    """Rows in the order of the report; a value is text, a number, a date, a local time, an id, or None for not known.
+
+    `source`: what it was read from. `complete` and `lag_seconds` are those of `analytics.rollup_state`, and only of
+    interest where that is not the messages. `sql` is the statement as it could be typed.
+    """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Any, ...], ...]
+    since: datetime
+    until: datetime
+    timezone: str
+    granularity: Granularity | None
+    source: Literal["roll-ups", "messages"]
+    complete: bool
+    lag_seconds: float
+    sql: str
+
+
+def unit_of(column: str) -> str:
+    """What the numbers of a column count; text and times have none of their own."""
+    if column in {"source", "role", "metric", "session_id", "user_id"}:
+        return "text"
+    if column in {"day", "period", "cohort_week", "started_at"}:
+        return "time"
+    if column == "percent":
+        return "percent"
+    return next((unit for suffix, unit in _UNITS.items() if column.endswith(suffix)), "count")
+
+
+def cell_of(value: object) -> object:
+    """A value as JSON and CSV have it: local times as they are, instants in UTC."""
+    if isinstance(value, datetime):
+        if value.tzinfo is not None:
+            return format_time(value)
+        return value.isoformat(timespec="minutes")
+    return value if value is None or isinstance(value, str | int | float) else str(value)
+
+
+def spreadsheet_cell(value: object) -> object:
+    """A value for a spreadsheet, which would run a text that begins like a formula: behind an apostrophe it is shown."""
+    cell = cell_of(value)
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULA else cell
+
+
+_FORMULA = tuple("=+-@\t\r\n＝＋－＠")
 
 
 def parse_queries(source: str) -> dict[str, Query]:
     """Queries by name: `-- name --`, then comment lines with the definition, then one statement.
 
-    What stands before the first name is a preamble. Raises `ValueError` for a file that is not so made.
+    `-- name hours --` and `-- name plain --` follow it, with a statement only. What stands before the first name is a
+    preamble. Raises `ValueError` for a file that is not so made.
     """
-    queries: dict[str, Query] = {}
-    parts = re.split(r"^-- (\w+) --$", source, flags=re.MULTILINE)[1:]
-    for name, body in zip(parts[::2], parts[1::2], strict=True):
-        found = re.fullmatch(r"\n((?:-- .+\n)+)([^;]+);\s*", body)
-        if found is None:
-            raise ValueError(f"query {name}: expected its definition, then one statement that ends in ;")
-        if name in queries:
-            raise ValueError(f"query {name} is there twice")
-        definition = " ".join(line.removeprefix("-- ") for line in found[1].splitlines())
-        queries[name] = Query(name=name, definition=definition, sql=found[2].strip())
-    return queries
+    made: dict[str, dict[str, str]] = {}
+    parts = re.split(r"^-- (\w+(?: (?:hours|plain))?) --$", source, flags=re.MULTILINE)[1:]
+    for heading, body in zip(parts[::2], parts[1::2], strict=True):
+        name, _, variant = heading.partition(" ")
+        found = re.fullmatch(r"\n((?:-- .+\n)*)([^;]+);\s*", body)
+        if found is None or bool(found[1]) == bool(variant):
+            raise ValueError(f"query {heading}: expected its definition, then one statement that ends in ;")
+        if (name in made) != bool(variant) or variant in made.get(name, {}):
+            raise ValueError(f"query {heading} is there twice, or stands before its first")
+        if variant:
+            made[name][variant] = found[2].strip()
+        else:
+            definition = " ".join(line.removeprefix("-- ") for line in found[1].splitlines())
+            made[name] = {"name": name, "definition": definition, "sql": found[2].strip()}
+    return {name: Query(**fields) for name, fields in made.items()}
 
 
 REPORTS: Mapping[str, Query] = parse_queries(
@@ -70,26 +190,63 @@ REPORTS: Mapping[str, Query] = parse_queries(
 )
 
 
-def last_days(days: int, *, until: datetime) -> datetime:
-    """The midnight (UTC) that begins the last `days` days before `until`, its own day included."""
-    last = (until - timedelta(microseconds=1)).astimezone(UTC)
-    return last.replace(hour=0, minute=0, second=0, microsecond=0) - timedelta(days=days - 1)
-
-
-async def run(database: Database, name: str, *, since: datetime, until: datetime, limit: int) -> Report:
+async def run(
+    database: Database,
+    name: str,
+    *,
+    since: datetime | date | None = None,
+    until: datetime | date | None = None,
+    days: int = 30,
+    granularity: Granularity | Literal["auto"] = "auto",
+    timezone: str | None = None,
+    user_id: str | None = None,
+    limit: int = 20,
+    plain: bool = False,
+) -> Report:
     """Report `name` over what happened from `since` on and before `until`.
 
-    `limit` bounds the rows of a ranking. Raises `UnknownReport`, and `RangeRefused` for a range that is the
-    wrong way round, too wide, or not read within the time that a statement has.
+    A date is its midnight in `timezone`, by default that of the roll-ups. Without `until`: to the end of today; without
+    `since`: the `days` before. `limit` bounds the rows of a ranking; `plain` asks for the messages themselves.
+    Raises `UnknownReport`, `UnknownTimezone`, `GranularityRefused`, `UserRefused`, `TimezoneRefused`, and `RangeRefused`
+    for a range that is the wrong way round, too wide, cut where no roll-up is, or not read within a statement's time.
     """
-    query = REPORTS.get(name)
-    if query is None:
-        raise UnknownReport(f"there is no report {name!r}", hint=f"there are {', '.join(REPORTS)}")
-    _refuse_wrong_range(since, until)
+    query = find(name)
+    if timezone is not None:
+        _refuse_unknown_zone(timezone)
+    if user_id is not None and query.plain is None:
+        raise UserRefused(f"report {name} is not made of one user", hint=_hint("user_id"))
     async with database.core() as conn:
         await conn.execute(_BOUNDS)
+        state = (await conn.execute(_STATE)).one_or_none()
+        counted_zone: str = (state.timezone if state else None) or "UTC"
+        zone = timezone or counted_zone
+        begin, end = await _instants(conn, since, until, days, zone)
+        _refuse_wrong_range(begin, end)
+        place = (await conn.execute(_PLACE, {"since": begin, "until": end, "timezone": zone})).one()
+        step = _granularity(query, granularity, end - begin)
+        variant, sql = _variant(
+            query,
+            place,
+            zone=zone,
+            counted_zone=counted_zone,
+            since=begin,
+            until=end,
+            of_messages=plain or user_id is not None,
+            step=step,
+        )
+        values = {
+            "since": begin,
+            "until": end,
+            "first_day": place.since.date(),
+            "end_day": place.until.date(),
+            "timezone": zone,
+            "granularity": step,
+            "user_id": user_id,
+            "limit": limit,
+        }
+        used = {name: value for name, value in values.items() if re.search(rf":{name}\b", sql)}
         try:
-            result = await conn.execute(text(query.sql), {"since": since, "until": until, "limit": limit})
+            result = await conn.execute(text(sql), used)
         except DBAPIError as exc:
             if getattr(exc.orig, "sqlstate", None) == _QUERY_CANCELED:
                 raise RangeRefused(
@@ -97,7 +254,84 @@ async def run(database: Database, name: str, *, since: datetime, until: datetime
                     hint="ask for a shorter one",
                 ) from exc
             raise
-        return Report(columns=tuple(result.keys()), rows=tuple(tuple(row) for row in result))
+        return Report(
+            columns=tuple(result.keys()),
+            rows=tuple(tuple(_as_day(value, step) for value in row) for row in result),
+            since=begin,
+            until=end,
+            timezone=zone,
+            granularity=step if query.by_period else None,
+            source="messages" if variant == "plain" else "roll-ups",
+            complete=bool(state and state.complete),
+            lag_seconds=state.lag_seconds if state else 0.0,
+            sql=_as_typed(sql, used),
+        )
+
+
+def _as_day(value: object, step: Granularity) -> object:
+    """The begin of a period is a local time, of which only hours need more than the day."""
+    return value.date() if step != "hour" and isinstance(value, datetime) and value.tzinfo is None else value
+
+
+def find(name: str) -> Query:
+    query = REPORTS.get(name)
+    if query is None:
+        raise UnknownReport(f"there is no report {name!r}", hint=f"there are {', '.join(REPORTS)}")
+    return query
+
+
+def _hint(parameter: str) -> str:
+    able = [one.name for one in REPORTS.values() if parameter in one.parameters]
+    return f"these are: {', '.join(able)}"
+
+
+def _refuse_unknown_zone(timezone: str) -> None:
+    # PostgreSQL would also take POSIX rules, in which a slip is a zone of its own.
+    known = available_timezones()
+    if (known and timezone not in known) or not re.fullmatch(r"[A-Za-z0-9_+/-]{1,64}", timezone):
+        raise UnknownTimezone(f"there is no time zone {timezone!r}", hint="a name like Asia/Ho_Chi_Minh")
+
+
+async def _instants(
+    conn: AsyncConnection, since: datetime | date | None, until: datetime | date | None, days: int, zone: str
+) -> tuple[datetime, datetime]:
+    """Both ends of the range, days and what was not said by the zone's midnights."""
+    try:
+        row = (
+            await conn.execute(
+                _MIDNIGHTS,
+                {
+                    "zone": zone,
+                    "since": None if isinstance(since, datetime) else since,
+                    "until": None if isinstance(until, datetime) else until,
+                    "until_at": until if isinstance(until, datetime) else None,
+                    "days": days,
+                },
+            )
+        ).one()
+    except DBAPIError as exc:
+        if getattr(exc.orig, "sqlstate", None) == _NO_SUCH_ZONE:
+            raise UnknownTimezone(
+                f"PostgreSQL knows no time zone {zone!r}", hint="a name like Asia/Ho_Chi_Minh"
+            ) from exc
+        raise
+    return (
+        since if isinstance(since, datetime) else row.since,
+        until if isinstance(until, datetime) else row.until,
+    )
+
+
+_MIDNIGHTS = text("""
+WITH ends AS (
+    SELECT coalesce(CAST(:until AS date)::timestamp, CAST(:until_at AS timestamptz) AT TIME ZONE :zone,
+                    date_trunc('day', now() AT TIME ZONE :zone) + interval '1 day') AS until
+)
+SELECT coalesce(CAST(:since AS date)::timestamp,
+                date_trunc('day', until - interval '1 microsecond') - make_interval(days => CAST(:days AS integer) - 1))
+           AT TIME ZONE :zone AS since,
+       until AT TIME ZONE :zone AS until
+FROM ends
+""")
 
 
 def _refuse_wrong_range(since: datetime, until: datetime) -> None:
@@ -111,3 +345,95 @@ def _refuse_wrong_range(since: datetime, until: datetime) -> None:
             f"the range has {(until - since).days} days, at most {RANGE_DAYS_MAX} are reported on at once",
             hint="ask for a shorter one",
         )
+
+
+def _granularity(query: Query, asked: Granularity | Literal["auto"], width: timedelta) -> Granularity:
+    """The one asked for; `auto`: the finest with about 50 periods that the report has."""
+    if not query.by_period:
+        return "day"
+    of_days = "hours" not in query.variants and query.plain is None
+    if asked == "hour" and of_days:
+        raise GranularityRefused(f"report {query.name} is made of days", hint="ask for day, week, or month")
+    if asked != "auto":
+        if width / _PERIOD[asked] > PERIODS_MAX:
+            raise GranularityRefused(
+                f"the range has more than {PERIODS_MAX} periods of a{'n' * (asked == 'hour')} {asked}",
+                hint="ask for longer periods, or a shorter range",
+            )
+        return asked
+    for step in list(_PERIOD)[of_days:]:
+        if width / _PERIOD[step] <= _AUTO_PERIODS:
+            return step
+    return "month"
+
+
+def _variant(
+    query: Query,
+    place: Any,
+    *,
+    zone: str,
+    counted_zone: str,
+    since: datetime,
+    until: datetime,
+    of_messages: bool,
+    step: Granularity,
+) -> tuple[Variant, str]:
+    """The fastest statement that says exactly what is asked for. Raises `RangeRefused` or `TimezoneRefused`."""
+    variants = query.variants
+    made_of = f"days of {counted_zone}"
+    if (hourly := variants.get("hours")) is not None:
+        made_of += ", or UTC hours" if _BY_HOUR not in hourly else ", or UTC hours or five minutes"
+    if not of_messages:
+        if "days" in variants and zone == counted_zone and step != "hour" and _are_midnights(place):
+            return "days", variants["days"]
+        if hourly is not None:
+            if _divides(timedelta(hours=1), since, until) and (
+                place.whole_hours or ":timezone" not in hourly
+            ):
+                return "hours", hourly
+            if (
+                _BY_HOUR in hourly
+                and _divides(timedelta(minutes=5), since, until)
+                and place.whole_five_minutes
+            ):
+                return "hours", hourly.replace(_BY_HOUR, _BY_5_MINUTES)
+    if "plain" in variants:
+        if until - since <= timedelta(days=PLAIN_DAYS_MAX):
+            return "plain", variants["plain"]
+        raise RangeRefused(
+            f"the range has {(until - since).days} days; at most {PLAIN_DAYS_MAX} are read message by message, as one user, "
+            f"or a range or a zone that is not made of {made_of}, takes",
+            hint="ask for a shorter one",
+        )
+    if zone != counted_zone and hourly is None:
+        raise TimezoneRefused(
+            f"report {query.name} is made of {made_of}, not of {zone}",
+            hint=f"ask for {counted_zone}; ANALYTICS_TIMEZONE and `chat-sessions rollup --rebuild` change it",
+        )
+    raise RangeRefused(
+        f"report {query.name} is made of {made_of}, and the range is from {format_time(since)} to {format_time(until)}",
+        hint="begin and end with one",
+    )
+
+
+def _are_midnights(place: Any) -> bool:
+    return bool(place.since.time() == place.until.time() == time())
+
+
+def _divides(step: timedelta, *moments: datetime) -> bool:
+    return not any((moment - datetime(2000, 1, 1, tzinfo=UTC)) % step for moment in moments)
+
+
+def _as_typed(sql: str, values: Mapping[str, object]) -> str:
+    """The statement with its values in it, for `psql`."""
+    return re.sub(r"(?<!:):(\w+)", lambda found: _literal(values[found[1]]), sql)
+
+
+def _literal(value: object) -> str:
+    if value is None:
+        return "NULL"
+    if isinstance(value, int):
+        return str(value)
+    quoted = (value.isoformat() if isinstance(value, date) else str(value)).replace("'", "''")
+    # The user's id is compared with text; a backslash is one whatever the server's settings say.
+    return f"'{quoted}'" if "\\" not in quoted else "E'" + quoted.replace("\\", "\\\\") + "'"

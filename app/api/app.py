@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from app import __version__
-from app.api import analytics, health, hot, metrics, problems, sessions
+from app.api import analytics, health, hot, metrics, problems, reports, sessions
 from app.settings import Settings
 from app.wiring import open_runtime
 
@@ -36,6 +36,7 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
         async with open_runtime(settings, embedded=embedded) as runtime:
             app.state.runtime = runtime
             app.state.searches = asyncio.Semaphore(analytics.SEARCHES_AT_ONCE)
+            app.state.reports = asyncio.Semaphore(reports.REPORTS_AT_ONCE)
             yield
 
     app = FastAPI(
@@ -46,7 +47,7 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    routers = (sessions.router, analytics.router, health.router, metrics.router)
+    routers = (sessions.router, analytics.router, reports.router, health.router, metrics.router)
     problems.install(app, [route for router in routers for route in router.routes])
     for router in routers:
         app.include_router(router)

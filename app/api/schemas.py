@@ -211,6 +211,38 @@ class FoundOut(BaseModel):
     )
 
 
+class ReportListedOut(BaseModel):
+    name: str = Field(examples=["sessions_per_day"])
+    definition: str = Field(examples=["How many sessions were created on each day of the range."])
+    parameters: list[str] = Field(description="those that it looks at", examples=[["from", "to", "timezone"]])
+
+
+class ReportListOut(BaseModel):
+    reports: list[ReportListedOut]
+
+
+class ColumnOut(BaseModel):
+    name: str = Field(examples=["sessions"])
+    unit: Literal["count", "milliseconds", "ratio", "percent", "time", "text"]
+
+
+class ReportOut(BaseModel):
+    report: str = Field(examples=["sessions_per_day"])
+    definition: str = Field(examples=["How many sessions were created on each day of the range."])
+    from_: str = Field(alias="from", examples=[_TIME])
+    to: str = Field(description="exclusive", examples=[_TIME])
+    timezone: str = Field(examples=["Asia/Ho_Chi_Minh"])
+    granularity: Literal["hour", "day", "week", "month"] | None = Field(
+        description="of a series", examples=["day"]
+    )
+    source: Literal["roll-ups", "messages"] = Field(description="what it was read from")
+    complete: bool = Field(description="false: the roll-ups don't have all sessions yet", examples=[True])
+    lag_seconds: float = Field(description="how far the roll-ups are behind", examples=[0.4])
+    columns: list[ColumnOut]
+    rows: list[dict[str, Any]] = Field(examples=[[{"day": "2025-11-14", "sessions": 3}]])
+    sql: str = Field(description="the statement, as it could be typed")
+
+
 class StoreOut(BaseModel):
     status: Literal["pass", "warn", "fail"]
     state: str = Field(description="for people", examples=["source of truth"])

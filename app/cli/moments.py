@@ -1,6 +1,7 @@
 """Times on the command line."""
 
-from datetime import UTC, datetime
+import re
+from datetime import UTC, date, datetime
 
 import typer
 
@@ -20,3 +21,9 @@ def moment(text: str) -> datetime:
     if found.year not in _YEARS:
         raise typer.BadParameter(f"{text!r} is not between the years {_YEARS[0]} and {_YEARS[-1]}")
     return found
+
+
+def day_or_moment(text: str) -> datetime | date:
+    """A moment; a day stays one, for its midnight is in a zone that is not known here."""
+    found = moment(text)
+    return found.date() if re.fullmatch(r"\d{4}-\d\d-\d\d", text, re.ASCII) else found

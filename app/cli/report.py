@@ -1,19 +1,26 @@
 """`chat-sessions report NAME`: numbers about the archived chats, by SQL that anybody can read."""
 
 import asyncio
-from datetime import datetime
-from typing import Annotated
+import csv
+import sys
+from collections.abc import Sequence
+from datetime import date, datetime
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from app.analytics.reports import REPORTS, Report, last_days, run
-from app.chat import format_time, utc_now
-from app.cli.moments import moment
+from app.analytics.reports import REPORTS, Report, cell_of, run, spreadsheet_cell
+from app.chat import format_time
+from app.cli.moments import day_or_moment
 from app.cli.output import Json, fail, print_json, print_table, refusals_are_lines
 from app.cli.targets import command_settings, required_database_url
 from app.wiring import open_database
 
 _DAYS = 30
+_BAR_CELLS = 40
+_LAG_TOLD_SECONDS = 10
 
 
 def report(
@@ -21,43 +28,94 @@ def report(
     since: Annotated[
         datetime | None,
         typer.Option(
-            parser=moment,
+            parser=day_or_moment,
             metavar="TIME",
-            help="from this moment on: 2026-01-31, or 2026-01-31T09:30+07:00; UTC unless it says otherwise "
-            rf"\[default: {_DAYS} days, the last one included]",
+            help="from this moment on: 2026-01-31, a day of the time zone, or 2026-01-31T09:30+07:00, UTC unless it says "
+            rf"otherwise \[default: {_DAYS} days, the last one included]",
         ),
     ] = None,
     until: Annotated[
         datetime | None,
-        typer.Option(parser=moment, metavar="TIME", help=r"before this moment \[default: now]"),
+        typer.Option(
+            parser=day_or_moment, metavar="TIME", help=r"before this moment \[default: the end of today]"
+        ),
     ] = None,
+    granularity: Annotated[
+        Literal["auto", "hour", "day", "week", "month"],
+        typer.Option(help="how long a period of a series is; auto: some 50 of them"),
+    ] = "auto",
+    timezone: Annotated[
+        str | None,
+        typer.Option(help=r"whose days, like Asia/Ho_Chi_Minh \[default: that of the roll-ups]"),
+    ] = None,
+    user: Annotated[str | None, typer.Option(help="only what this user did")] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="how many rows of a ranking")] = 20,
     json: Json = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="print CSV, for spreadsheets")] = False,
 ) -> None:
-    """Report on the sessions in PostgreSQL: how many, by whom, how fast, on which sources. Days are UTC."""
+    """Report on the sessions in PostgreSQL: how many, by whom, how fast, on which sources."""
     if name is None:
         _list(json=json)
         return
     if name not in REPORTS:
         listed = "\n".join(f"  {one.name}: {one.definition}" for one in REPORTS.values())
         fail(f"there is no report {name!r}; there are:\n{listed}", code=2)
-    until = until or utc_now()
-    since = since or last_days(_DAYS, until=until)
+    if json and as_csv:
+        fail("--json and --csv are two forms of the same: choose one", code=2)
     with refusals_are_lines():
-        found = asyncio.run(_run(name, since, until, limit))
+        found = asyncio.run(
+            _run(
+                name,
+                since=since,
+                until=until,
+                granularity=granularity,
+                timezone=timezone,
+                user_id=user,
+                limit=limit,
+            )
+        )
+    if found.source == "roll-ups":
+        _tell_lag(found)
     if json:
-        rows = [dict(zip(found.columns, row, strict=True)) for row in found.rows]
-        print_json({"report": name, "since": format_time(since), "until": format_time(until), "rows": rows})
+        rows = [
+            {column: cell_of(value) for column, value in zip(found.columns, row, strict=True)}
+            for row in found.rows
+        ]
+        print_json(
+            {
+                "report": name,
+                "since": format_time(found.since),
+                "until": format_time(found.until),
+                "timezone": found.timezone,
+                "granularity": found.granularity,
+                "complete": found.complete,
+                "lag_seconds": found.lag_seconds,
+                "rows": rows,
+            }
+        )
+    elif as_csv:
+        lines = csv.writer(sys.stdout)
+        lines.writerow(found.columns)
+        lines.writerows([spreadsheet_cell(value) for value in row] for row in found.rows)
     else:
-        title = f"{since:%Y-%m-%d %H:%M} to {until:%Y-%m-%d %H:%M} UTC"
-        print_table(found.columns, [[_shown(value) for value in row] for row in found.rows], title=title)
+        _print(found)
 
 
-async def _run(name: str, since: datetime, until: datetime, limit: int) -> Report:
+async def _run(name: str, **asked: Any) -> Report:
     settings = command_settings()
     required_database_url(settings)
     async with open_database(settings) as database:
-        return await run(database, name, since=since, until=until, limit=limit)
+        return await run(database, name, days=_DAYS, **asked)
+
+
+def _tell_lag(found: Report) -> None:
+    """On standard error: who reads the numbers must know what is not in them."""
+    if found.complete and found.lag_seconds < _LAG_TOLD_SECONDS:
+        return
+    behind = "sessions are still being counted" if not found.complete else f"{found.lag_seconds:.0f} s behind"
+    Console(stderr=True, highlight=False, soft_wrap=True).print(
+        f"not whole yet, {behind}: `chat-sessions rollup` counts at full speed, a running service by itself"
+    )
 
 
 def _list(*, json: bool) -> None:
@@ -67,6 +125,30 @@ def _list(*, json: bool) -> None:
         print_table(["report", "what it says"], [(one.name, one.definition) for one in REPORTS.values()])
 
 
+def _print(found: Report) -> None:
+    zoned = f"{found.since:%Y-%m-%d %H:%M} to {found.until:%Y-%m-%d %H:%M} UTC, days of {found.timezone}"
+    rows = [[_shown(value) for value in row] for row in found.rows]
+    if sys.stdout.isatty() and found.columns[0] in {"day", "period"} and rows:
+        _print_plot(found, rows, zoned)
+    else:
+        print_table(found.columns, rows, title=zoned)
+
+
+def _print_plot(found: Report, rows: Sequence[Sequence[object]], title: str) -> None:
+    """A series as a table whose first number is a bar, too."""
+    heights = [float(row[1] or 0) for row in found.rows]
+    top = max(heights) or 1
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in (*found.columns[:2], "", *found.columns[2:]):
+        table.add_column(column)
+    for row, height in zip(rows, heights, strict=True):
+        bar = "█" * round(_BAR_CELLS * height / top) or ("▏" if height else "")
+        table.add_row(*("" if cell is None else str(cell) for cell in (*row[:2], bar, *row[2:])))
+    Console(highlight=False, markup=False).print(table)
+
+
 def _shown(value: object) -> object:
-    """A tenth of a millisecond or of a percent is enough to read; JSON has it all."""
-    return round(value, 1) if isinstance(value, float) else value
+    """A tenth of a millisecond or of a percent is enough to read, and three figures of a share; JSON has it all."""
+    if isinstance(value, float):
+        return round(value, 1 if abs(value) >= 1 else 3)
+    return cell_of(value) if isinstance(value, date) else value

@@ -13,6 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from app.analytics.reports import REPORTS
+from app.analytics.rollups import Rollups
 from app.cli.main import app
 from app.postgres.store import PostgresChatSessionStore
 from app.store import Append
@@ -41,6 +42,9 @@ async def recorded(database):
     ]
     questions = [new_message("Có không?", created_at=moment) for moment in (first, second)]
     await store.append(Append(session_id=session.session_id, messages=(*questions, *answers)))
+    counting = Rollups(database, timezone="UTC")
+    while (now := await counting.pending()).marks or now.backfills:
+        await counting.round()
 
 
 @pytest.fixture
@@ -58,7 +62,7 @@ def call(tmp_path, monkeypatch):
 
 
 async def test_a_pipe_gets_one_line_a_row_with_tabs(call, recorded, database_url):
-    done = await call("response_time", *MARCH, database_url=database_url)
+    done = await call("response_time", *MARCH, "--user", "an", database_url=database_url)
 
     assert (done.exit_code, done.stderr) == (0, "")
     assert done.stdout == "answers\ttimed_answers\tavg_ms\tp50_ms\tp95_ms\n3\t3\t1234.7\t1235.0\t1235.0\n"
@@ -75,7 +79,7 @@ async def test_a_tab_in_a_source_is_no_column(call, recorded, database_url):
 
 
 async def test_json_has_the_numbers_whole_and_the_range(call, recorded, database_url):
-    done = await call("response_time", *MARCH, "--json", database_url=database_url)
+    done = await call("response_time", *MARCH, "--json", "--user", "an", database_url=database_url)
 
     found = json.loads(done.stdout)
     assert found.pop("rows") == [
@@ -91,6 +95,10 @@ async def test_json_has_the_numbers_whole_and_the_range(call, recorded, database
         "report": "response_time",
         "since": "2026-03-10T00:00:00.000Z",
         "until": "2026-03-12T00:00:00.000Z",
+        "timezone": "UTC",
+        "granularity": None,
+        "complete": True,
+        "lag_seconds": 0,
     }
 
 
@@ -118,7 +126,8 @@ async def test_without_a_range_the_last_30_days_are_reported(call, recorded, dat
     assert len(found["rows"]) == 30
     assert found["since"].endswith("T00:00:00.000Z")
     assert [row["sessions"] for row in found["rows"]].count(1) == 1
-    assert found["rows"][-1]["day"] == found["until"][:10]
+    assert datetime.fromisoformat(found["until"]) > datetime.now(UTC)
+    assert found["rows"][-1]["day"] < found["until"][:10]
 
 
 async def test_an_end_alone_is_the_end_of_30_days(call, recorded, database_url):
@@ -130,17 +139,17 @@ async def test_an_end_alone_is_the_end_of_30_days(call, recorded, database_url):
     ]
 
 
-async def test_a_terminal_gets_a_table_with_a_source_as_it_was_written(tmp_path, recorded, database_url):
+async def on_a_terminal(folder: Path, database_url: str, *arguments: str) -> str:
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "app", "report", "top_sources", *MARCH),
-        cwd=tmp_path,
+        *(sys.executable, "-m", "app", "report", *arguments),
+        cwd=folder,
         env={
             **os.environ,
             "PYTHONPATH": str(PROJECT),
             "DATABASE_URL": database_url,
             "TERM": "xterm",
-            "COLUMNS": "100",
+            "COLUMNS": "160",
         },
         stdout=theirs,
         stderr=theirs,
@@ -149,11 +158,77 @@ async def test_a_terminal_gets_a_table_with_a_source_as_it_was_written(tmp_path,
     code = await process.wait()
     shown = os.read(ours, 65536).decode()
     os.close(ours)
-
     assert code == 0, shown
+    return shown
+
+
+async def test_a_terminal_gets_a_table_with_a_source_as_it_was_written(tmp_path, recorded, database_url):
+    shown = await on_a_terminal(tmp_path, database_url, "top_sources", *MARCH)
+
     assert "2026-03-10 00:00 to 2026-03-12 00:00 UTC" in shown
     assert "┃" in shown
     assert "│ [bold]faq[/bold]  .md │ 1 " in shown
+
+
+async def test_a_series_is_a_plot_in_a_terminal(tmp_path, recorded, database_url):
+    shown = await on_a_terminal(tmp_path, database_url, "traffic", *MARCH, "--granularity", "day")
+
+    bars = [line.count("█") for line in shown.splitlines() if "2026-03-1" in line and "│" in line]
+    assert bars == [0, 0]
+    shown = await on_a_terminal(tmp_path, database_url, "response_time_percentiles", *MARCH)
+    assert "█" * 40 in shown
+
+
+async def test_days_are_those_of_the_time_zone(call, recorded, database_url):
+    zone = ("--timezone", "Asia/Ho_Chi_Minh", "--granularity", "day")
+
+    done = await call(
+        "traffic", "--since", "2026-03-12", "--until", "2026-03-13", *zone, database_url=database_url
+    )
+
+    assert done.stdout.splitlines()[1:] == ["2026-03-12\t0\t1\t1\t0"]
+
+
+async def test_csv_has_no_formulas(call, recorded, database, database_url):
+    store = PostgresChatSessionStore(database, ttl_seconds=3600)
+    session = (await store.create_session("an")).session
+    answer = new_message(
+        "x",
+        role="assistant",
+        created_at=datetime(2026, 3, 10, tzinfo=UTC),
+        metadata={"sources": ['=1+1,"a"']},
+    )
+    await store.append(Append(session_id=session.session_id, messages=(answer,)))
+
+    done = await call("top_sources", *MARCH, "--csv", "--user", "an", database_url=database_url)
+
+    assert '\'=1+1,""a""",1,1' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        (
+            ("traffic", "--timezone", "Mars"),
+            "error: there is no time zone 'Mars' (a name like Asia/Ho_Chi_Minh)\n",
+        ),
+        (
+            ("session_outcomes", "--granularity", "hour"),
+            "error: report session_outcomes is made of days (ask for day, week, or month)\n",
+        ),
+    ],
+)
+async def test_what_a_report_can_not_say_is_one_line(call, database, database_url, wrong, line):
+    done = await call(*wrong, database_url=database_url)
+
+    assert (done.exit_code, done.stdout, done.stderr) == (1, "", line)
+
+
+async def test_what_is_not_counted_yet_is_said(call, database, database_url):
+    done = await call("traffic", database_url=database_url)
+
+    assert done.exit_code == 0
+    assert done.stderr.startswith("not whole yet")
 
 
 async def test_without_a_name_all_reports_are_listed(call):

@@ -1,9 +1,12 @@
 """The reports and the views under them, on a real PostgreSQL, with numbers that a person can check."""
 
+import math
 import random
+import re
 import statistics
 from collections import defaultdict
 from datetime import UTC, date, datetime, timedelta
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -11,8 +14,17 @@ from sqlalchemy import text
 
 from app.analytics import reports
 from app.analytics.reports import RANGE_DAYS_MAX, REPORTS, Query, Report, run
+from app.analytics.rollups import Rollups
 from app.chat import NewMessage
-from app.errors import DurableStoreUnavailable, RangeRefused, UnknownReport
+from app.errors import (
+    DurableStoreUnavailable,
+    GranularityRefused,
+    RangeRefused,
+    TimezoneRefused,
+    UnknownReport,
+    UnknownTimezone,
+    UserRefused,
+)
 from app.postgres.engine import Database, create_engine
 from app.postgres.store import PostgresChatSessionStore
 from app.store import Append
@@ -25,6 +37,16 @@ NOON = datetime(2026, 3, 10, 12, tzinfo=UTC)
 SINCE = datetime(2026, 3, 10, tzinfo=UTC)
 UNTIL = datetime(2026, 3, 13, tzinfo=UTC)
 MOMENT = timedelta(milliseconds=1)
+
+
+#: Those that can be read from the messages, too.
+PLAIN = [name for name, one in REPORTS.items() if one.plain]
+
+
+async def count_all(database: Database, timezone: str = "UTC") -> None:
+    counting = Rollups(database, timezone=timezone)
+    while (now := await counting.pending()).marks or now.backfills:
+        await counting.round()
 
 
 @pytest.fixture
@@ -64,9 +86,10 @@ def cited(*sources: object) -> NewMessage:
 
 
 async def report(
-    database: Database, name: str, *, since: datetime = SINCE, until: datetime = UNTIL, limit: int = 100
+    database: Database, name: str, *, since: datetime = SINCE, until: datetime = UNTIL, **asked: Any
 ) -> Report:
-    return await run(database, name, since=since, until=until, limit=limit)
+    """From the messages, unless it is asked for from roll-ups."""
+    return await run(database, name, since=since, until=until, **{"limit": 100, "plain": True, **asked})
 
 
 async def fetch(database: Database, sql: str) -> list[tuple[object, ...]]:
@@ -349,7 +372,9 @@ class TestRunning:
             await report(database, "messages_by_role", until=until)
 
     async def test_the_widest_range_is_reported_on(self, database):
-        found = await report(database, "sessions_per_day", until=SINCE + timedelta(days=RANGE_DAYS_MAX))
+        widest = SINCE + timedelta(days=RANGE_DAYS_MAX)
+
+        found = await report(database, "sessions_per_day", until=widest, plain=False)
 
         assert len(found.rows) == RANGE_DAYS_MAX
 
@@ -360,21 +385,26 @@ class TestRunning:
     @pytest.mark.parametrize("name", REPORTS)
     async def test_every_report_runs_within_the_limits_over_its_widest_range(self, store, database, name):
         await record(store, said(), cited("faq.md"))
+        await count_all(database)
 
-        found = await report(database, name, until=SINCE + timedelta(days=RANGE_DAYS_MAX))
+        found = await report(database, name, until=SINCE + timedelta(days=RANGE_DAYS_MAX), plain=False)
 
-        assert found.rows
+        assert (found.source, found.complete) == ("roll-ups", True)
 
-    @pytest.mark.parametrize("name", REPORTS)
+    @pytest.mark.parametrize(
+        ("name", "plain"),
+        [*((name, False) for name in REPORTS), *((name, True) for name, one in REPORTS.items() if one.plain)],
+    )
     async def test_days_are_utc_whatever_the_time_zone_of_the_connection(
-        self, store, database, database_url, name
+        self, store, database, database_url, name, plain
     ):
         # 2026-03-08: a day of 23 hours in New York.
         since = datetime(2026, 3, 7, tzinfo=UTC)
         await create_at(store, database, since, since + timedelta(hours=23), since + timedelta(hours=30))
         await record(store, said(since + timedelta(hours=23)), said(since - timedelta(days=27)))
         await record(store, said(since - timedelta(days=27) - MOMENT), cited("faq.md"), user_id="bình")
-        expected = await report(database, name, since=since)
+        await count_all(database)
+        expected = await report(database, name, since=since, plain=plain)
 
         here = (await fetch(database, "SELECT current_database()::text"))[0][0]
         async with database.connection() as conn:
@@ -382,14 +412,14 @@ class TestRunning:
         elsewhere = Database(create_engine(database_url, application_name="tests"))
         try:
             zone = await fetch(elsewhere, "SELECT current_setting('timezone')")
-            found = await report(elsewhere, name, since=since)
+            found = await report(elsewhere, name, since=since, plain=plain)
         finally:
             await elsewhere.close()
             async with database.connection() as conn:
                 await conn.execute(f"ALTER DATABASE {here} RESET timezone")
 
         assert zone == [("America/New_York",)]
-        assert found == expected
+        assert (found.rows, found.since, found.sql) == (expected.rows, expected.since, expected.sql)
 
     async def test_a_report_that_takes_too_long_says_so(self, database, monkeypatch):
         monkeypatch.setattr(reports, "_BOUNDS", text("SELECT set_config('statement_timeout', '50ms', true)"))
@@ -397,7 +427,7 @@ class TestRunning:
         monkeypatch.setattr(reports, "REPORTS", {"slow": slow})
 
         with pytest.raises(RangeRefused, match="report slow takes longer than") as refused:
-            await report(database, "slow")
+            await report(database, "slow", plain=False)
 
         assert refused.value.hint == "ask for a shorter one"
 
@@ -406,7 +436,7 @@ class TestRunning:
         monkeypatch.setattr(reports, "REPORTS", {"asked": asked})
 
         monkeypatch.setattr(reports, "_BOUNDS", text("SELECT set_config('statement_timeout', '2s', true)"))
-        assert (await report(database, "asked")).rows == (("2s",),)
+        assert (await report(database, "asked", plain=False)).rows == (("2s",),)
         # It ends with the report.
         assert await fetch(database, "SELECT current_setting('statement_timeout')") == [("3s",)]
 
@@ -416,7 +446,7 @@ class TestRunning:
         monkeypatch.setattr(reports, "REPORTS", {"wrong": wrong})
 
         with pytest.raises(DurableStoreUnavailable, match="read-only transaction"):
-            await report(database, "wrong")
+            await report(database, "wrong", plain=False)
 
         assert await fetch(database, "SELECT count(*) FROM chat.chat_messages") == [(1,)]
 
@@ -431,13 +461,15 @@ class TestRunning:
 
         assert refused.value.hint == "run `alembic upgrade head`"
 
-    @pytest.mark.parametrize("name", ["messages_by_role", "response_time", "active_users", "top_sources"])
+    @pytest.mark.parametrize("name", [name for name in PLAIN if name != "sessions_per_day"])
     async def test_the_range_can_be_served_by_the_index_on_created_at(self, database, name):
         await shrink(database)
         async with database.core() as conn:
             await conn.execute(text("SET LOCAL enable_seqscan = off"))
             plan = await conn.execute(
-                text(f"EXPLAIN {REPORTS[name].sql}"), {"since": SINCE, "until": UNTIL, "limit": 10}
+                text(
+                    "EXPLAIN " + (await report(database, name, until=NOON)).sql.replace("timestamptz '", "'")
+                )
             )
 
             lines = [line.strip() for (line,) in plan]
@@ -445,6 +477,186 @@ class TestRunning:
         assert "->  Bitmap Index Scan on chat_messages_legacy_created_at_idx" in {
             line.split("  (")[0] for line in lines
         }
+
+
+@pytest.fixture
+async def random_history(store: PostgresChatSessionStore, database: Database) -> None:
+    """Users, sessions, roles, times and sources of 12 days, with clocks that disagree; counted by days of Vietnam."""
+    numbers = random.Random(5)
+    for _ in range(60):
+        began = SINCE + timedelta(minutes=numbers.randrange(-4 * 1440, 8 * 1440))
+        messages = [
+            new_message(
+                "x",
+                role=numbers.choice(
+                    ["user", "user", "assistant", "assistant", "assistant", "system", "tool"]
+                ),
+                created_at=began + timedelta(minutes=numbers.choice([0, 1, 7, 60, 1500]), milliseconds=place),
+                metadata={
+                    "processing_time_ms": numbers.randrange(5000),
+                    "sources": numbers.sample(["a", "b", "c"], numbers.randrange(3)),
+                    "fallback": numbers.random() < 0.2,
+                }
+                if numbers.random() < 0.8
+                else {},
+            )
+            for place in range(numbers.randrange(1, 9))
+        ]
+        session = await record(store, *messages, user_id=numbers.choice(["an", "bình", "chị", "o'neil\\"]))
+        async with database.connection() as conn:
+            await conn.execute(
+                "UPDATE chat.chat_sessions SET created_at = $2 WHERE session_id = $1", session, began
+            )
+    await count_all(database, "Asia/Ho_Chi_Minh")
+
+
+def exact_part(found: Report) -> list[dict[str, Any]]:
+    """Without the percentiles, which roll-ups have within 2.5 % of a time, and messages between two of them."""
+    return [
+        {
+            column: value
+            for column, value in zip(found.columns, row, strict=True)
+            if not re.fullmatch(r"p\d\d(_ms)?", column)
+        }
+        for row in found.rows
+    ]
+
+
+class TestSources:
+    """What roll-ups say is what the messages say."""
+
+    @pytest.mark.usefixtures("random_history")
+    @pytest.mark.parametrize("granularity", ["hour", "day", "week", "month"])
+    @pytest.mark.parametrize(
+        "timezone", ["Asia/Ho_Chi_Minh", "UTC", "Asia/Kathmandu", "America/New_York", "Australia/Lord_Howe"]
+    )
+    @pytest.mark.parametrize("name", PLAIN)
+    async def test_roll_ups_say_what_the_messages_say(self, database, name, timezone, granularity):
+        asked = {"timezone": timezone, "granularity": granularity, "limit": 100}
+        span = {"since": date(2026, 3, 8), "until": date(2026, 3, 15)}
+
+        found = await run(database, name, **span, **asked)
+        expected = await run(database, name, **span, **asked, plain=True)
+
+        assert exact_part(found) == exact_part(expected)
+        assert expected.source == "messages"
+        assert found.rows
+
+    @pytest.mark.usefixtures("random_history")
+    @pytest.mark.parametrize(
+        ("timezone", "rolled_up"),
+        [
+            ("Asia/Ho_Chi_Minh", set(PLAIN)),
+            ("UTC", set(PLAIN) - {"active_users", "top_sources"}),
+            (
+                "Asia/Kathmandu",
+                set(PLAIN) - {"active_users", "top_sources", "response_time", "response_time_percentiles"},
+            ),
+        ],
+    )
+    async def test_what_is_read_from_roll_ups(self, database, timezone, rolled_up):
+        span = {"since": date(2026, 3, 8), "until": date(2026, 3, 15), "timezone": timezone}
+
+        assert {
+            name for name in PLAIN if (await run(database, name, **span)).source == "roll-ups"
+        } == rolled_up
+
+    @pytest.mark.usefixtures("random_history")
+    @pytest.mark.parametrize("name", PLAIN)
+    async def test_a_user_and_a_cut_range_are_read_from_the_messages(self, database, name):
+        cut = {"since": SINCE + 90 * MOMENT, "until": UNTIL}
+
+        of_user = await run(
+            database, name, since=date(2026, 3, 8), until=date(2026, 3, 15), user_id="o'neil\\"
+        )
+        assert of_user.source == (await run(database, name, **cut)).source == "messages"
+
+    @pytest.mark.usefixtures("random_history")
+    @pytest.mark.parametrize("name", REPORTS)
+    @pytest.mark.parametrize("granularity", ["day", "week", "month"])
+    async def test_the_statement_can_be_typed(self, database, name, granularity):
+        user = {"user_id": "o'neil\\"} if REPORTS[name].plain else {}
+        found = await run(
+            database, name, since=date(2026, 3, 8), until=date(2026, 3, 15), granularity=granularity, **user
+        )
+
+        typed = await fetch(database, found.sql)
+
+        assert len(typed) == len(found.rows)
+
+    @pytest.mark.usefixtures("random_history")
+    @pytest.mark.parametrize(
+        "name", [name for name, one in REPORTS.items() if "days" in one.variants and not one.plain]
+    )
+    async def test_days_of_another_zone_are_refused_where_there_are_no_hours(self, database, name):
+        with pytest.raises((TimezoneRefused, RangeRefused), match="is made of days of Asia/Ho_Chi_Minh"):
+            await run(
+                database,
+                name,
+                since=datetime(2026, 3, 8, 0, 30, tzinfo=UTC),
+                until=date(2026, 3, 15),
+                timezone="America/New_York",
+            )
+
+    @pytest.mark.usefixtures("random_history")
+    async def test_percentiles_of_roll_ups_are_within_their_error(self, database):
+        span = {"since": date(2026, 3, 6), "until": date(2026, 3, 19)}
+        times = sorted(
+            row[0]
+            for row in await fetch(
+                database,
+                "SELECT processing_time_ms FROM analytics.messages WHERE role = 'assistant' AND "
+                "processing_time_ms IS NOT NULL AND created_at >= '2026-03-05 17:00+00' AND created_at < '2026-03-18 17:00+00'",
+            )
+        )
+
+        [found] = (await run(database, "response_time", **span)).rows
+
+        expected = [times[math.ceil(share * len(times)) - 1] for share in (0.5, 0.95)]
+        assert found[1] == len(times)
+        assert found[3:] == tuple(pytest.approx(one, rel=0.025) for one in expected)
+
+    @pytest.mark.usefixtures("random_history")
+    async def test_a_summary_has_the_range_before(self, database):
+        now = {"since": date(2026, 3, 11), "until": date(2026, 3, 15)}
+        before = {"since": date(2026, 3, 7), "until": date(2026, 3, 11)}
+
+        found = {row[0]: row[1:] for row in (await run(database, "summary", **now)).rows}
+
+        for which, span in enumerate((now, before)):
+            traffic = (await run(database, "traffic", **span, granularity="day", plain=True)).rows
+            asked = (await run(database, "unanswered_rate", **span, granularity="month", plain=True)).rows
+            [[users]] = await fetch(
+                database,
+                "SELECT count(DISTINCT user_id) FROM analytics.messages WHERE role = 'user' AND "
+                f"(created_at AT TIME ZONE 'Asia/Ho_Chi_Minh')::date >= '{span['since']}' AND "
+                f"(created_at AT TIME ZONE 'Asia/Ho_Chi_Minh')::date < '{span['until']}'",
+            )
+            assert found["sessions"][which] == sum(row[1] for row in traffic)
+            assert found["messages"][which] == sum(row[2] for row in traffic)
+            assert found["active_users"][which] == users
+            assert found["unanswered_rate"][which] == pytest.approx(asked[0][3])
+            [timed] = (await run(database, "response_time", **span)).rows
+            assert found["response_time_p95_ms"][which] == pytest.approx(timed[4])
+        value, previous, change = found["sessions"]
+        assert change == pytest.approx((value - previous) / previous)
+
+    async def test_a_wide_range_is_not_read_from_the_messages(self, database):
+        with pytest.raises(RangeRefused, match="at most 92 are read message by message"):
+            await run(database, "traffic", since=SINCE, until=SINCE + timedelta(days=93), user_id="an")
+
+    async def test_a_report_without_users_refuses_one(self, database):
+        with pytest.raises(UserRefused, match="report retention is not made of one user"):
+            await run(database, "retention", user_id="an")
+
+    @pytest.mark.parametrize("zone", ["Mars/Olympus", "UTC+7", "'", ""])
+    async def test_an_unknown_time_zone_is_refused(self, database, zone):
+        with pytest.raises(UnknownTimezone):
+            await run(database, "traffic", timezone=zone)
+
+    async def test_periods_finer_than_the_report_are_refused(self, database):
+        with pytest.raises(GranularityRefused, match="report session_outcomes is made of days"):
+            await run(database, "session_outcomes", granularity="hour")
 
 
 class TestViews:

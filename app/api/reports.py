@@ -1,0 +1,216 @@
+"""The calls under `/api/analytics` that report numbers."""
+
+import asyncio
+import csv
+import io
+import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, date, datetime
+from http import HTTPStatus
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import AfterValidator, BeforeValidator
+
+from app.analytics import reports
+from app.api.problems import RequestRefused, refused_field
+from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, readable_query
+from app.api.schemas import RFC3339, Problem, ReportListOut, ReportOut
+from app.chat import format_time
+from app.errors import (
+    ChatError,
+    GranularityRefused,
+    Overloaded,
+    RangeRefused,
+    TimezoneRefused,
+    UnknownReport,
+    UnknownTimezone,
+    UserRefused,
+)
+
+router = APIRouter(prefix="/api/analytics", tags=["analytics"], dependencies=[Depends(readable_query)])
+
+#: Of one process: they share its connections with the chats.
+REPORTS_AT_ONCE = 2
+
+#: So long a report waits for its turn.
+WAIT_SECONDS = 3.0
+
+_YEARS = range(1970, 9999)
+
+
+def _day_or_moment(value: object) -> object:
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
+        return date.fromisoformat(value)
+    if isinstance(value, str) and RFC3339.fullmatch(value):
+        return datetime.fromisoformat(value).astimezone(UTC)
+    raise ValueError("should be a day such as 2025-11-14, or RFC 3339 such as 2025-11-14T10:30:00+07:00")
+
+
+def _in_calendar(moment: datetime | date) -> datetime | date:
+    if moment.year not in _YEARS:
+        raise ValueError(f"should lie between the years {_YEARS[0]} and {_YEARS[-1]}")
+    return moment
+
+
+#: A day stays one: whose midnight it is, the time zone says.
+DAY_OR_MOMENT = (BeforeValidator(_day_or_moment), AfterValidator(_in_calendar))
+
+_FIELDS: dict[type[ChatError], str] = {
+    UnknownReport: "path.report",
+    UnknownTimezone: "query.timezone",
+    TimezoneRefused: "query.timezone",
+    GranularityRefused: "query.granularity",
+    UserRefused: "query.user_id",
+    RangeRefused: "query.from",
+}
+
+
+@router.get("", response_model=ReportListOut, summary="List the reports, each with what it says")
+async def list_reports() -> Response:
+    return JSONResponse(
+        {
+            "reports": [
+                {"name": one.name, "definition": one.definition, "parameters": list(one.parameters)}
+                for one in reports.REPORTS.values()
+            ]
+        }
+    )
+
+
+@router.get(
+    "/{report}",
+    response_model=ReportOut,
+    summary="Report numbers over a range of time, as JSON or CSV",
+    responses={
+        200: {"content": {"text/csv": {"schema": {"type": "string"}}}},
+        **{
+            status: {"model": Problem, "description": described}
+            for status, described in {
+                409: "there is no archive: the service runs on Redis alone",
+                422: "bad input: each field is named",
+                503: "PostgreSQL can't be reached, or two reports are under way; see `Retry-After`",
+            }.items()
+        },
+    },
+)
+async def report(
+    request: Request,
+    runtime: Served,
+    user_id: OnlyUser,
+    report: Annotated[str, Path(description="its name", examples=["sessions_per_day"])],
+    since: Annotated[
+        datetime | date | None,
+        Query(
+            alias="from",
+            description="a day of the time zone, or RFC 3339; default: the 30 days before `to`",
+            examples=["2025-11-14"],
+        ),
+        *DAY_OR_MOMENT,
+    ] = None,
+    until: Annotated[
+        datetime | date | None,
+        Query(alias="to", description="exclusive; default: the end of today", examples=["2025-11-21"]),
+        *DAY_OR_MOMENT,
+    ] = None,
+    granularity: Annotated[
+        Literal["auto", "hour", "day", "week", "month"],
+        Query(description="how long a period of a series is; auto: some 50 of them"),
+    ] = "auto",
+    timezone: Annotated[
+        str | None,
+        Query(
+            description="whose days; default: that of the roll-ups (ANALYTICS_TIMEZONE)",
+            examples=["Asia/Ho_Chi_Minh"],
+            max_length=64,
+        ),
+    ] = None,
+    limit: Annotated[
+        int, Query(ge=1, le=1000, description="rows of a ranking", examples=[20]), WHOLE_NUMBER
+    ] = 20,
+    form: Annotated[
+        Literal["json", "csv"] | None,
+        Query(alias="format", description="default: by `Accept`, which may be text/csv"),
+    ] = None,
+    accept: Annotated[str, Header(include_in_schema=False)] = "",
+) -> Response:
+    """Read from roll-ups where they say exactly what is asked for, else from the messages (`source`), else refused. What was
+    written is counted within seconds: `complete` and `lag_seconds` say how far the roll-ups are.
+    """
+    if runtime.database is None:
+        raise RequestRefused(
+            "no_archive",
+            "chats are kept in Redis alone: without DATABASE_URL there is no archive",
+            status=HTTPStatus.CONFLICT,
+        )
+    try:
+        async with _turn(request.app.state.reports):
+            found = await reports.run(
+                runtime.database,
+                report,
+                since=since,
+                until=until,
+                granularity=granularity,
+                timezone=timezone,
+                user_id=user_id,
+                limit=limit,
+            )
+    except tuple(_FIELDS) as exc:
+        detail = exc.detail if exc.hint is None else f"{exc.detail} ({exc.hint})"
+        raise refused_field(exc.code, _FIELDS[type(exc)], detail) from exc
+    if (form or ("csv" if "text/csv" in accept.lower() else "json")) == "csv":
+        return _as_csv(report, found)
+    return JSONResponse(_as_json(report, found), headers={"Vary": "Accept"})
+
+
+@asynccontextmanager
+async def _turn(at_once: asyncio.Semaphore) -> AsyncIterator[None]:
+    """A page asks for many reports at once: they wait for each other, for some time."""
+    try:
+        async with asyncio.timeout(WAIT_SECONDS):
+            await at_once.acquire()
+    except TimeoutError as exc:
+        raise Overloaded(f"{REPORTS_AT_ONCE} reports are under way already", retry_after_seconds=1) from exc
+    try:
+        yield
+    finally:
+        at_once.release()
+
+
+def _as_json(name: str, found: reports.Report) -> dict[str, Any]:
+    return {
+        "report": name,
+        "definition": reports.REPORTS[name].definition,
+        "from": format_time(found.since),
+        "to": format_time(found.until),
+        "timezone": found.timezone,
+        "granularity": found.granularity,
+        "source": found.source,
+        "complete": found.complete,
+        "lag_seconds": found.lag_seconds,
+        "columns": [{"name": column, "unit": reports.unit_of(column)} for column in found.columns],
+        "rows": [
+            {column: reports.cell_of(value) for column, value in zip(found.columns, row, strict=True)}
+            for row in found.rows
+        ],
+        "sql": found.sql,
+    }
+
+
+def _as_csv(name: str, found: reports.Report) -> Response:
+    written = io.StringIO()
+    lines = csv.writer(written)
+    lines.writerow(found.columns)
+    lines.writerows([reports.spreadsheet_cell(value) for value in row] for row in found.rows)
+    return Response(
+        written.getvalue(),
+        media_type="text/csv; charset=utf-8",
+        headers={
+            "Content-Disposition": f'attachment; filename="{name}.csv"',
+            "Vary": "Accept",
+            "X-Rollups-Complete": str(found.complete).lower(),
+            "X-Rollups-Lag-Seconds": f"{found.lag_seconds:.1f}",
+        },
+    )
