@@ -12,6 +12,7 @@ from app.analytics.rollups import Rollups
 from app.postgres.analysts import add_analyst
 from app.postgres.store import PostgresChatSessionStore
 from app.store import Append
+from benchmarks.analytics import panels
 from tests.factories import new_message
 
 pytestmark = pytest.mark.anyio
@@ -22,16 +23,7 @@ NOW = datetime(2026, 3, 10, 12, tzinfo=UTC)
 STATEMENTS = {
     panel["title"]: target["rawSql"] for panel in DASHBOARD["panels"] for target in panel["targets"]
 }
-
-
-def expanded(sql: str) -> str:
-    """The macros as Grafana's data source for PostgreSQL writes them, over 90 days."""
-    ends = [f"'{moment:%Y-%m-%dT%H:%M:%SZ}'" for moment in (NOW - timedelta(days=90), NOW)]
-    sql = re.sub(r"\$__timeFilter\((\w+)\)", rf"\1 BETWEEN {ends[0]} AND {ends[1]}", sql)
-    sql = re.sub(
-        r"\$__timeGroupAlias\((\w+), '1h'\)", r'floor(extract(epoch from \1)/3600)*3600 AS "time"', sql
-    )
-    return sql.replace("$__timeFrom()", ends[0]).replace("$__timeTo()", ends[1])
+EXPANDED = panels(NOW - timedelta(days=90), NOW)
 
 
 @pytest.fixture
@@ -69,7 +61,7 @@ async def analyst(database, database_url):
 
 @pytest.mark.parametrize("title", STATEMENTS)
 async def test_every_panel_has_something_to_show(analyst, title):
-    sql = expanded(STATEMENTS[title])
+    sql = EXPANDED[title]
 
     rows = await analyst.fetch(sql)
 
@@ -80,7 +72,7 @@ async def test_every_panel_has_something_to_show(analyst, title):
 
 async def test_the_figures_are_those_of_the_range(analyst):
     found = {
-        title: (await analyst.fetchrow(expanded(STATEMENTS[title])))[0]
+        title: (await analyst.fetchrow(EXPANDED[title]))[0]
         for title in ("Sessions", "Active users", "Messages", "Unanswered")
     }
 
