@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 from zoneinfo import available_timezones
@@ -285,9 +286,15 @@ def _hint(parameter: str) -> str:
     return f"these are: {', '.join(able)}"
 
 
+@lru_cache
+def _known_zones() -> frozenset[str]:
+    """Empty where Python has no list of them. Kept, for it is read from hundreds of files."""
+    return frozenset(available_timezones())
+
+
 def _refuse_unknown_zone(timezone: str) -> None:
     # PostgreSQL would also take POSIX rules, in which a slip is a zone of its own.
-    known = available_timezones()
+    known = _known_zones()
     if (known and timezone not in known) or not re.fullmatch(r"[A-Za-z0-9_+/-]{1,64}", timezone):
         raise UnknownTimezone(f"there is no time zone {timezone!r}", hint="a name like Asia/Ho_Chi_Minh")
 
