@@ -413,7 +413,7 @@ async def test_c8_a_new_socket_of_an_old_pool_proves_which_redis_it_leads_to(
     pool = b.cache._to(state).redis.connection_pool
     pool.connection_kwargs["port"] = int(other_redis.rpartition(":")[2])
     await pool.disconnect()
-    for connection in pool._available_connections:
+    for connection in (*pool._available_connections, *pool._in_use_connections):
         connection.port = pool.connection_kwargs["port"]
 
     assert (await said(b, session_id) == ["1", "2"]) is not mutant
