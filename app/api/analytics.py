@@ -101,7 +101,8 @@ async def search(
         searching.Match,
         Query(
             description='words: all of them, whole, in any order; in "quotation marks": one after the other. '
-            "substring: the text as it is"
+            "substring: the text as it is",
+            examples=["words"],
         ),
     ] = "words",
     since: Annotated[
@@ -114,7 +115,7 @@ async def search(
         Query(alias="to", description="exclusive; default: now", examples=["2025-11-21T00:00:00+07:00"]),
         *MOMENT,
     ] = None,
-    role: Annotated[Role | None, Query(description="only messages of this role")] = None,
+    role: Annotated[Role | None, Query(description="only messages of this role", examples=["user"])] = None,
     limit: Annotated[
         int, Query(ge=1, le=searching.LIMIT_MAX, description="hits of a page", examples=[20]), WHOLE_NUMBER
     ] = 20,

@@ -70,6 +70,7 @@ _FIELDS: dict[type[ChatError], str] = {
 
 @router.get("", response_model=ReportListOut, summary="List the reports, each with what it says")
 async def list_reports() -> Response:
+    """Each with its definition, and the parameters that it takes."""
     return JSONResponse(
         {
             "reports": [
@@ -117,7 +118,7 @@ async def report(
     ] = None,
     granularity: Annotated[
         Literal["auto", "hour", "day", "week", "month"],
-        Query(description="how long a period of a series is; auto: some 50 of them"),
+        Query(description="how long a period of a series is; auto: some 50 of them", examples=["day"]),
     ] = "auto",
     timezone: Annotated[
         str | None,
@@ -132,7 +133,7 @@ async def report(
     ] = 20,
     form: Annotated[
         Literal["json", "csv"] | None,
-        Query(alias="format", description="default: by `Accept`, which may be text/csv"),
+        Query(alias="format", description="default: by `Accept`, which may be text/csv", examples=["csv"]),
     ] = None,
     accept: Annotated[str, Header(include_in_schema=False)] = "",
 ) -> Response:

@@ -240,7 +240,12 @@ class ReportOut(BaseModel):
     lag_seconds: float = Field(description="how far the roll-ups are behind", examples=[0.4])
     columns: list[ColumnOut]
     rows: list[dict[str, Any]] = Field(examples=[[{"day": "2025-11-14", "sessions": 3}]])
-    sql: str = Field(description="the statement, as it could be typed")
+    sql: str = Field(
+        description="the statement, as it could be typed",
+        examples=[
+            "SELECT day, sessions FROM analytics.sessions_daily WHERE day >= '2025-11-14' ORDER BY day"
+        ],
+    )
 
 
 class StoreOut(BaseModel):

@@ -1274,6 +1274,9 @@ class TestDocumentation:
             "GET /api/chat/sessions/{session_id}/history",
             "POST /api/chat/sessions/{session_id}/history",
             "POST /api/chat/sessions/{session_id}/messages",
+            "GET /api/analytics",
+            "GET /api/analytics/search",
+            "GET /api/analytics/{report}",
             "GET /health/live",
             "GET /health/ready",
         }
@@ -1287,7 +1290,7 @@ class TestDocumentation:
             for name, call in operations.items()
             for parameter in call.get("parameters", [])
         ]
-        assert len(parameters) == 24
+        assert len(parameters) == 40
         assert [one for one in parameters if None in one] == []
 
     async def test_every_plain_field_of_a_body_and_of_an_answer_has_an_example(self, operations, description):

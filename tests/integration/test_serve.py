@@ -384,8 +384,9 @@ def test_redis_may_be_killed_and_come_back_while_the_service_goes_on(folder, mig
     assert [message["content"] for message in during.json()["messages"]] == ["một", "hai"]
     assert during.headers["X-Session-Source"] == "postgres"
     assert (ready.status_code, ready.json()["status"]) == (200, "warn")
-    # Once by the pool that was bound to it, once by the heartbeat's probe: not once a request.
-    assert service.log.count("redis is out") == 2
+    # Once by the pool that was bound to it, once by the heartbeat's probe, and once more where the machine is so busy
+    # that a new Redis is late with an answer: not once a request.
+    assert service.log.count("redis is out") in {2, 3}
     assert service.log.count("redis is back") == 1
     changes = re.findall(r"cache (\w+) \(was (\w+)\)", service.log)
     assert [one for one in changes if one[0] != one[1]] == [("off", "on"), ("on", "off")]
