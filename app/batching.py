@@ -9,6 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Generic, TypeVar
 
 from app.errors import Overloaded
@@ -132,9 +133,9 @@ class Batcher(Generic[_Item, _Result]):
         while self._ready and (free := self._bounds.batches - len(self._batches)) > 0:
             share = max(self._bounds.share, -(-len(self._ready) // free))
             if batch := self._take(min(share, self._bounds.items)):
-                task = asyncio.get_running_loop().create_task(self._fly(batch))
+                task = asyncio.get_running_loop().create_task(self._run_alone_or_in_halves(batch))
                 self._batches.add(task)
-                task.add_done_callback(self._landed)
+                task.add_done_callback(partial(self._landed, batch))
 
     def _take(self, items_max: int) -> list[_Place[_Item, _Result]]:
         batch: list[_Place[_Item, _Result]] = []
@@ -162,23 +163,20 @@ class Batcher(Generic[_Item, _Result]):
         elif behind is not None:
             del self._behind[key]
 
-    def _landed(self, task: asyncio.Task[None]) -> None:
+    def _landed(self, batch: list[_Place[_Item, _Result]], task: asyncio.Task[None]) -> None:
+        # Here and not in a `finally` of the task's own: one that is cancelled before its first step never enters it,
+        # and its callers, and all who come for the same keys after them, would wait for ever.
         self._batches.discard(task)
+        failed = None if task.cancelled() else task.exception()
+        for place in batch:
+            for caller in place.callers:
+                if failed is not None:
+                    _answer(caller, failed)
+                elif task.cancelled():
+                    caller.cancel()
+            self._next_of(place.key)
         if self._ready:
             self._depart_soon()
-
-    async def _fly(self, batch: list[_Place[_Item, _Result]]) -> None:
-        try:
-            await self._run_alone_or_in_halves(batch)
-        except asyncio.CancelledError:
-            # The process ends.
-            for place in batch:
-                for caller in place.callers:
-                    caller.cancel()
-            raise
-        finally:
-            for place in batch:
-                self._next_of(place.key)
 
     async def _run_alone_or_in_halves(self, batch: list[_Place[_Item, _Result]]) -> None:
         try:
@@ -193,9 +191,13 @@ class Batcher(Generic[_Item, _Result]):
                 return
         for place, result in zip(batch, results, strict=True):
             for caller in place.callers:
-                if caller.done():
-                    continue
-                if isinstance(result, BaseException):
-                    caller.set_exception(result)
-                else:
-                    caller.set_result(result)
+                _answer(caller, result)
+
+
+def _answer(caller: asyncio.Future[_Result], result: _Result | BaseException) -> None:
+    if caller.done():
+        return
+    if isinstance(result, BaseException):
+        caller.set_exception(result)
+    else:
+        caller.set_result(result)

@@ -141,6 +141,7 @@ async def test_a_key_is_free_again_after_its_last_item() -> None:
 
     for _ in range(3):
         assert await batcher.submit(7) == 14
+    await batcher.close()
 
     assert batcher._behind == {}
 
@@ -209,6 +210,38 @@ async def test_a_caller_that_goes_away_harms_nobody_and_what_has_departed_runs_t
     assert await behind == 24
     # 11 had not departed, and nobody waited for it any more.
     assert work.batches == [[10, 20], [12]]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 4], ids=lambda turns: f"after-{turns}-turns")
+async def test_a_batch_that_is_cancelled_leaves_nobody_waiting(turns: int) -> None:
+    """Wherever it is: one that departed in this very turn of the loop has not made its first step."""
+    work = Work(gate=asyncio.Event())
+    batcher: Batcher[int, int] = Batcher(work, bounds=BOUNDS, key=lambda item: item)
+    first = asyncio.create_task(batcher.submit(1))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    for batch in batcher.under_way:
+        batch.cancel()
+    work.gate.set()
+
+    done, _ = await asyncio.wait([first], timeout=5)
+    assert done == {first}
+    assert first.cancelled() or first.result() == 2
+    # Its key is free again.
+    async with asyncio.timeout(5):
+        assert await batcher.submit(1) == 2
+
+
+async def test_a_batch_with_too_few_results_is_an_error_of_all_who_wait_for_it() -> None:
+    async def forgets_one(items: list[int]) -> list[int]:
+        return items[1:]
+
+    batcher: Batcher[int, int] = Batcher(forgets_one, bounds=BOUNDS)
+    calls = [asyncio.create_task(batcher.submit(item)) for item in range(3)]
+
+    done, _ = await asyncio.wait(calls, timeout=5)
+    assert done == set(calls)
+    assert isinstance(calls[-1].exception(), ValueError)
 
 
 async def test_too_many_that_wait_are_refused_at_once_and_the_others_are_served() -> None:
