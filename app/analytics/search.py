@@ -69,6 +69,19 @@ class Hit:
     content_characters: int
     marks: tuple[tuple[int, int], ...]
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "session_id": str(self.place.session_id),
+            "user_id": self.user_id,
+            "seq": self.place.seq,
+            "role": self.role,
+            "created_at": format_time(self.place.created_at),
+            "snippet": self.snippet,
+            "snippet_start": self.snippet_start,
+            "content_characters": self.content_characters,
+            "marks": [list(mark) for mark in self.marks],
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Page:

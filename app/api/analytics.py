@@ -2,21 +2,21 @@
 
 import asyncio
 import re
-from datetime import UTC, date, datetime, time
+from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any
 from uuid import UUID
 
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BeforeValidator
 
 from app.analytics import search as searching
 from app.api import strict_json
+from app.api.moments import MOMENT
 from app.api.problems import RequestRefused, refused_field
 from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, readable_query
-from app.api.schemas import RFC3339, FoundOut, Problem
-from app.chat import Role, cut_to_milliseconds, format_time, utc_now
+from app.api.schemas import FoundOut, Problem
+from app.chat import Role, format_time, utc_now
 from app.errors import Overloaded, QueryRefused, RangeRefused
 
 router = APIRouter(prefix="/api/analytics", tags=["analytics"], dependencies=[Depends(readable_query)])
@@ -24,29 +24,9 @@ router = APIRouter(prefix="/api/analytics", tags=["analytics"], dependencies=[De
 #: Of one process: they take long, and share its connections with the chats.
 SEARCHES_AT_ONCE = 2
 
-_YEARS = range(1970, 9999)
-
 # The begin of the range and the place, in milliseconds since 1970, the session and the seq.
 _CURSOR = re.compile(r"([0-9]{1,14})\.([0-9]{1,14})\.([0-9a-f]{32})\.([0-9]{1,10})", re.ASCII)
 _SEQ_MAX = 2**31 - 1
-
-
-def _day_or_moment(value: object) -> object:
-    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
-        return datetime.combine(date.fromisoformat(value), time(), UTC)
-    if not isinstance(value, str) or not RFC3339.fullmatch(value):
-        raise ValueError("should be a day such as 2025-11-14, or RFC 3339 such as 2025-11-14T10:30:00+07:00")
-    return value
-
-
-def _in_calendar(moment: datetime) -> datetime:
-    if moment.year not in _YEARS:
-        raise ValueError(f"should lie between the years {_YEARS[0]} and {_YEARS[-1]}")
-    return cut_to_milliseconds(moment)
-
-
-#: Stands after `Query` in an `Annotated`. A day is its midnight in UTC.
-MOMENT = (BeforeValidator(_day_or_moment), AfterValidator(_in_calendar))
 
 
 def _cursor_text(since: datetime, place: searching.Place) -> str:
@@ -164,20 +144,7 @@ async def search(
 
 def _found(page: searching.Page, since: datetime) -> dict[str, Any]:
     return {
-        "hits": [
-            {
-                "session_id": str(hit.place.session_id),
-                "user_id": hit.user_id,
-                "seq": hit.place.seq,
-                "role": hit.role,
-                "created_at": format_time(hit.place.created_at),
-                "snippet": hit.snippet,
-                "snippet_start": hit.snippet_start,
-                "content_characters": hit.content_characters,
-                "marks": [list(mark) for mark in hit.marks],
-            }
-            for hit in page.hits
-        ],
+        "hits": [hit.to_json() for hit in page.hits],
         "searched_from": format_time(since if page.next is None else page.next.created_at),
         "partial": page.partial,
         **({"next": _cursor_text(since, page.next)} if page.next is not None else {}),

@@ -3,21 +3,20 @@
 import asyncio
 import csv
 import io
-import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, date, datetime
+from datetime import date, datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BeforeValidator
 
 from app.analytics import reports
+from app.api.moments import DAY_OR_MOMENT
 from app.api.problems import RequestRefused, refused_field
 from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, readable_query
-from app.api.schemas import RFC3339, Problem, ReportListOut, ReportOut
+from app.api.schemas import Problem, ReportListOut, ReportOut
 from app.chat import format_time
 from app.errors import (
     ChatError,
@@ -37,26 +36,6 @@ REPORTS_AT_ONCE = 2
 
 #: So long a report waits for its turn.
 WAIT_SECONDS = 3.0
-
-_YEARS = range(1970, 9999)
-
-
-def _day_or_moment(value: object) -> object:
-    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
-        return date.fromisoformat(value)
-    if isinstance(value, str) and RFC3339.fullmatch(value):
-        return datetime.fromisoformat(value).astimezone(UTC)
-    raise ValueError("should be a day such as 2025-11-14, or RFC 3339 such as 2025-11-14T10:30:00+07:00")
-
-
-def _in_calendar(moment: datetime | date) -> datetime | date:
-    if moment.year not in _YEARS:
-        raise ValueError(f"should lie between the years {_YEARS[0]} and {_YEARS[-1]}")
-    return moment
-
-
-#: A day stays one: whose midnight it is, the time zone says.
-DAY_OR_MOMENT = (BeforeValidator(_day_or_moment), AfterValidator(_in_calendar))
 
 _FIELDS: dict[type[ChatError], str] = {
     UnknownReport: "path.report",

@@ -59,7 +59,7 @@ def search(
             {
                 "since": format_time(since),
                 "until": format_time(until),
-                "hits": [_record(hit) for hit in found.hits],
+                "hits": [hit.to_json() for hit in found.hits],
                 "more": more,
             }
         )
@@ -98,19 +98,6 @@ async def _search(
             hits += page.hits
             place = page.next
     return Page(hits=tuple(hits), next=place, partial=False)
-
-
-def _record(hit: Hit) -> dict[str, Any]:
-    return {
-        "session_id": str(hit.place.session_id),
-        "user_id": hit.user_id,
-        "seq": hit.place.seq,
-        "role": hit.role,
-        "created_at": format_time(hit.place.created_at),
-        "snippet": hit.snippet,
-        "snippet_start": hit.snippet_start,
-        "marks": hit.marks,
-    }
 
 
 def _around(hit: Hit) -> str:

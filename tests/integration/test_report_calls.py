@@ -102,6 +102,8 @@ async def test_one_user_is_read_from_the_messages(api, session):
         ("traffic", {"from": "2001-11-14", "to": "2025-11-13"}, "range_refused", "query.from"),
         ("traffic", {"from": "yesterday"}, "validation_failed", "query.from"),
         ("traffic", {"to": "2025-02-30"}, "validation_failed", "query.to"),
+        ("traffic", {"from": "0001-01-01T00:00:00+07:00"}, "validation_failed", "query.from"),
+        ("traffic", {"to": "9999-12-31T23:59:59-23:59"}, "validation_failed", "query.to"),
         ("traffic", {"timezone": "Mars/Olympus"}, "unknown_timezone", "query.timezone"),
         ("traffic", {"granularity": "minute"}, "validation_failed", "query.granularity"),
         ("retention", {"timezone": "Asia/Tokyo"}, "timezone_refused", "query.timezone"),

@@ -1,0 +1,41 @@
+"""Moments in an address: a day, or RFC 3339."""
+
+import re
+from datetime import UTC, date, datetime, time
+from typing import TypeVar
+
+from pydantic import AfterValidator, BeforeValidator
+
+from app.api.schemas import RFC3339
+from app.chat import cut_to_milliseconds
+
+_Moment = TypeVar("_Moment", date, datetime)
+
+# Not to the calendar's ends: a moment there has no other zone.
+_YEARS = range(1970, 9999)
+
+
+def _day_or_moment(value: object) -> datetime | date:
+    if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
+        return _in_calendar(date.fromisoformat(value))
+    if isinstance(value, str) and RFC3339.fullmatch(value):
+        return _in_calendar(datetime.fromisoformat(value)).astimezone(UTC)
+    raise ValueError("should be a day such as 2025-11-14, or RFC 3339 such as 2025-11-14T10:30:00+07:00")
+
+
+def _in_calendar(moment: _Moment) -> _Moment:
+    if moment.year not in _YEARS:
+        raise ValueError(f"should lie between the years {_YEARS[0]} and {_YEARS[-1]}")
+    return moment
+
+
+def _moment(value: object) -> datetime:
+    found = _day_or_moment(value)
+    return found if isinstance(found, datetime) else datetime.combine(found, time(), UTC)
+
+
+#: Stands after `Query` in an `Annotated`. A day stays one: whose midnight it is, the time zone says.
+DAY_OR_MOMENT = (BeforeValidator(_day_or_moment),)
+
+#: The same where a day is its midnight in UTC.
+MOMENT = (BeforeValidator(_moment), AfterValidator(cut_to_milliseconds))
