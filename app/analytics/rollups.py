@@ -186,6 +186,7 @@ class BackgroundRollups:
             except ChatError as exc:
                 log.info("nothing was counted into the roll-ups now, will try again: %s", exc)
             except Exception:
+                # It must not end silently: reports would stand still for ever.
                 log.exception("the roll-ups failed, will try again")
 
     async def _once(self) -> bool:

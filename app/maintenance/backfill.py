@@ -339,6 +339,7 @@ class BackgroundBackfill:
             except (ChatError, Interrupted) as exc:
                 log.info("sessions are not taken over from Redis now, will try again: %s", exc)
             except Exception:
+                # It must not end silently: the mode would stay between the two for ever.
                 log.exception("the backfill failed, will try again")
 
     async def _once(self) -> bool:

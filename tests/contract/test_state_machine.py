@@ -714,7 +714,7 @@ class RedisMachine(StoreMachine):
 
     async def set_mode(self, mode: Literal["hybrid", "redis-only"]) -> None:
         """Changes the mode of all instances and returns when it has changed. Runs on the stores' event loop."""
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} flips, and does not say how")
 
     @precondition(lambda self: self.flips)
     @rule(mode=st.sampled_from(["hybrid", "redis-only"]))
