@@ -121,11 +121,12 @@ async def test_bad_input_is_named(api, session, report, params, code, field):
 
 
 async def test_more_reports_than_share_the_connections_wait_and_are_told_to(api, session, monkeypatch):
-    monkeypatch.setattr(reports, "WAIT_SECONDS", 0.05)
-    async with AsyncExitStack() as under_way:
-        for _ in range(REPORTS_AT_ONCE):
-            await under_way.enter_async_context(api.app.state.reports)
-        refused = await api.get(f"{CALL}/traffic")
+    with monkeypatch.context() as patched:
+        patched.setattr(reports, "WAIT_SECONDS", 0.05)
+        async with AsyncExitStack() as under_way:
+            for _ in range(REPORTS_AT_ONCE):
+                await under_way.enter_async_context(api.app.state.reports)
+            refused = await api.get(f"{CALL}/traffic")
 
     assert_problem(refused, 503, "overloaded")
     assert refused.headers["Retry-After"] == "1"
