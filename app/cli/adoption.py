@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from app.cli.output import print_table
-from app.cli.targets import required_database_url
+from app.cli.targets import patient, required_database_url
 from app.errors import ModeRefused, StartRefused
 from app.maintenance.backfill import Backfill, Named, Tally, elected
 from app.postgres.cache_state import serving
@@ -21,9 +21,6 @@ from app.postgres.schema import require_revision
 from app.redis_sessions.client import BoundedRedis
 from app.settings import Settings
 from app.wiring import Stores, backfill_of, open_database, open_redis, open_stores
-
-#: A command waits longer for Redis than a request may.
-_REDIS_TIMEOUT_MS = 5000
 
 _PLAIN_EVERY_SECONDS = 2.0
 
@@ -56,9 +53,8 @@ async def opened(settings: Settings, *, per_second: float | None = None) -> Asyn
         raise StartRefused(
             "ENABLE_REDIS_SESSIONS=false: there is no Redis", hint="set it as the services have it"
         )
-    patient = settings.model_copy(update={"redis_timeout_ms": _REDIS_TIMEOUT_MS})
     async with (
-        open_redis(patient) as redis,
+        open_redis(patient(settings)) as redis,
         # Services leave it to this command then, and all that is taken over is in one report.
         elected(lambda: open_database(settings.model_copy(update={"database_pool_size": 1}))),
         open_stores(settings, follows=not await others(settings)) as stores,

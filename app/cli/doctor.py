@@ -12,7 +12,7 @@ import typer
 
 from app.chat import utc_now
 from app.cli.output import Json, print_json, print_table, refusals_are_lines
-from app.cli.targets import command_settings
+from app.cli.targets import command_settings, patient
 from app.coherence.ports import PROTOCOL, CacheOutage, CacheState
 from app.errors import ChatError
 from app.postgres.cache_state import alive, read_state
@@ -85,7 +85,7 @@ async def _examine(settings: Settings) -> list[Finding]:
         )
     if settings.redis_url is not None:
         try:
-            async with open_redis(settings) as bounded:
+            async with open_redis(patient(settings)) as bounded:
                 facts = await server_facts(bounded)
             findings += _redis(facts, redis_only=redis_only)
             if era is not None:

@@ -9,7 +9,7 @@ import typer
 
 from app.cli.adoption import PerSecond, as_json, interruptible, opened, print_tally, shown
 from app.cli.output import Json, print_json, print_table, refusals_are_lines
-from app.cli.targets import command_settings, required_database_url
+from app.cli.targets import command_settings, patient, required_database_url
 from app.maintenance.backfill import Tally
 from app.maintenance.modes import ask_for_redis_only, set_mode
 from app.postgres.cache_state import read_state, serving
@@ -110,7 +110,7 @@ async def _change(
         return await _to_hybrid(settings, per_second)
     warnings = []
     if settings.enable_redis_sessions:
-        async with open_redis(settings) as redis:
+        async with open_redis(patient(settings)) as redis:
             # Before anything is opened that would claim a new database.
             warnings = await ask_for_redis_only(redis, accept_eviction=accept_eviction)
     return await _to_redis_only(settings, per_second, warnings)

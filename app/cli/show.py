@@ -8,7 +8,7 @@ import typer
 
 from app.chat import ChatSession, Message, format_time, lines_of
 from app.cli.output import Json, print_json, print_table, refusals_are_lines
-from app.cli.targets import command_settings
+from app.cli.targets import command_settings, patient
 from app.coherence.ports import CacheOutage, Entry, GuideEntry
 from app.errors import DurableStoreUnavailable, SessionNotFound, StartRefused
 from app.postgres.store import PostgresChatSessionStore
@@ -74,7 +74,7 @@ async def _in_postgres(settings: Settings, session_id: UUID, count: int) -> tupl
 async def _in_redis(settings: Settings, session_id: UUID) -> tuple[str, Entry | None]:
     if settings.redis_url is None:
         return "not asked, REDIS_URL is not set", None
-    async with open_redis(settings) as bounded:
+    async with open_redis(patient(settings)) as bounded:
         try:
             found = await find_session(bounded, session_id)
         except CacheOutage as exc:

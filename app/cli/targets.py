@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # it needs a Unix, and the other commands do not
 
 _FILE = "urls.json"
 
+#: A command waits longer for Redis than a request may: who runs one looks, or takes something over, and is not in a hurry.
+_REDIS_TIMEOUT_MS = 5000
+
 
 @contextmanager
 def announced(settings: Settings, embedded: "EmbeddedServers") -> Iterator[None]:
@@ -41,6 +44,11 @@ def command_settings() -> Settings:
     return settings.model_copy(
         update={name: url for name, url in found.items() if url and getattr(settings, name) is None}
     )
+
+
+def patient(settings: Settings) -> Settings:
+    """The settings for a command's own questions to Redis."""
+    return settings.model_copy(update={"redis_timeout_ms": max(settings.redis_timeout_ms, _REDIS_TIMEOUT_MS)})
 
 
 def required_database_url(settings: Settings) -> str:
