@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hiredis
-from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio import BlockingConnectionPool, ConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -32,6 +32,9 @@ _LUA = Path(__file__).parent / "lua"
 _REST_SECONDS = 0.25
 
 POOL_CONNECTIONS_MAX = 32
+
+#: So many of them stay with whoever sends commands: what a batch at a time of each kind takes.
+_AT_HAND_MAX = 8
 
 # redis-py would read its own version out of the package's files for each connection.
 _DRIVER = DriverInfo()
@@ -129,6 +132,12 @@ def _script(name: str) -> tuple[str, str]:
     return text, hashlib.sha1(text.encode(), usedforsecurity=False).hexdigest()
 
 
+def _is_closed(connection: AbstractConnection) -> bool:
+    """Whether the server has hung up since the last command: the event loop knows, nothing is asked."""
+    reader = connection._reader  # noqa: SLF001 - what the pool asks instead is a read with a time-out
+    return reader is None or reader.at_eof() or reader.exception() is not None
+
+
 async def _reply(connection: AbstractConnection) -> Any:
     try:
         # The step has a limit of its own, so none is set up for each reply.
@@ -177,6 +186,7 @@ class BoundedRedis:
         self._timeout_seconds = timeout_seconds
         self._out_until = 0.0
         self._out = False
+        self._at_hand: list[AbstractConnection] = []
 
     @asynccontextmanager
     async def step(self, *, urgent: bool = False, since: float | None = None) -> AsyncIterator[Redis]:
@@ -218,18 +228,33 @@ class BoundedRedis:
     ) -> list[Any]:
         """Sends all in one round trip. A reply each, in their order; what Redis refused is its `ResponseError`."""
         async with self.step(urgent=urgent, since=since) as redis:
-            pool = redis.connection_pool
-            connection = await pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py has no type for it
-            try:
+            async with self._connection(redis.connection_pool) as connection:
                 # redis-py's asyncio connections pack in Python, which cost as much as all else of a mark.
                 await connection.send_packed_command(b"".join(map(hiredis.pack_command, commands)))
                 replies = [await _reply(connection) for _ in commands]
-            finally:
-                await pool.release(connection)
             for reply in replies:
                 if isinstance(reply, ReadOnlyError):
                     raise reply
             return replies
+
+    @asynccontextmanager
+    async def _connection(self, pool: ConnectionPool) -> AsyncIterator[AbstractConnection]:
+        """One of the pool's, kept at hand afterwards: to take it out and to put it back cost as much as a command."""
+        while self._at_hand:
+            connection = self._at_hand.pop()
+            if not _is_closed(connection):
+                break
+            await pool.release(connection)
+        else:
+            connection = await pool.get_connection()  # type: ignore[no-untyped-call]  # redis-py has no type for it
+        try:
+            yield connection
+        finally:
+            # One that owes a reply has lost its socket by now (see the class), and is found closed.
+            if len(self._at_hand) < _AT_HAND_MAX:
+                self._at_hand.append(connection)
+            else:
+                await pool.release(connection)
 
     async def scripts(
         self, name: str, calls: Sequence[tuple[Sequence[str], Sequence[Any]]], *, urgent: bool = False

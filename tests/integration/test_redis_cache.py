@@ -32,7 +32,7 @@ from app.coherence.ports import (
 from app.embedded import embedded_servers
 from app.errors import CacheFull
 from app.redis_sessions.cache import RedisSessionCache, newest_that_fit
-from app.redis_sessions.client import create_redis
+from app.redis_sessions.client import BoundedRedis, create_redis
 from app.redis_sessions.codec import FIELDS, USER_ID_OFFSET, encode
 from app.redis_sessions.keys import session_key
 from app.redis_sessions.store import RedisChatSessionStore
@@ -1379,3 +1379,43 @@ async def test_a_command_cancelled_while_it_gives_its_connection_back_leaves_no_
 
     assert command.cancelled()
     await redis.aclose()
+
+
+async def test_a_connection_at_hand_that_the_server_has_closed_is_not_used(
+    servers: Servers, redis: Redis
+) -> None:
+    bounded = BoundedRedis(create_redis(servers.redis_url, database=1, timeout_seconds=1), timeout_seconds=1)
+    assert await asyncio.gather(*(bounded.commands([("PING",)]) for _ in range(3))) == [[b"PONG"]] * 3
+    await redis.client_kill_filter(_type="normal", skipme=True)
+    # The loop hears of it by itself, before anybody asks.
+    await asyncio.sleep(0.05)
+
+    assert await asyncio.gather(*(bounded.commands([("PING",)]) for _ in range(3))) == [[b"PONG"]] * 3
+    await bounded.redis.aclose()
+
+
+async def test_a_connection_that_owes_a_reply_is_not_kept_at_hand(servers: Servers, redis: Redis) -> None:
+    await redis.set("mine", "1")
+    bounded = BoundedRedis(
+        create_redis(servers.redis_url, database=1, timeout_seconds=0.2), timeout_seconds=0.2
+    )
+    await bounded.commands([("PING",)])
+    with pytest.raises(CacheOutage):
+        await bounded.commands([("GET", "mine"), ("BLPOP", "nothing", "0.5")])
+
+    assert await bounded.commands([("GET", "mine"), ("PING",)], urgent=True) == [b"1", b"PONG"]
+    await asyncio.sleep(0.5)
+    assert await bounded.commands([("PING",)], urgent=True) == [b"PONG"]
+    await bounded.redis.aclose()
+
+
+async def test_of_many_connections_few_are_kept_at_hand(servers: Servers) -> None:
+    bounded = BoundedRedis(create_redis(servers.redis_url, database=1, timeout_seconds=2), timeout_seconds=2)
+    await asyncio.gather(*(bounded.commands([("PING",)]) for _ in range(30)))
+    pool = bounded.redis.connection_pool
+
+    # All that is left is there for who takes one out of the pool.
+    assert 1 <= len(pool._in_use_connections) <= 8
+    await asyncio.gather(*(bounded.redis.ping() for _ in range(24)))
+    await bounded.redis.aclose()
+    assert not [one for one in pool._in_use_connections if one.is_connected]
