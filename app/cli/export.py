@@ -94,7 +94,10 @@ def export(
             {"folder": str(folder), "sessions": done.sessions, "messages": done.messages} | _counts(done)
         )
         return
-    print(f"{done.sessions} sessions with {done.messages} messages in {done.months} months: {folder}")
+    print(
+        f"{_counted(done.sessions, 'session')} with {_counted(done.messages, 'message')} "
+        f"in {_counted(done.months, 'month')}: {folder}"
+    )
     if done.kept:
         print(f"{done.kept} of the months were finished before, and are as they were written")
 
@@ -109,3 +112,7 @@ async def _export(folder: Path, selection: Selection, kind: Format) -> Exported:
     async with open_database(settings) as database:
         with progress_of_unknown("messages") as (begin, advance):
             return await export_sessions(database, folder, selection, kind=kind, begin=begin, advance=advance)
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -58,8 +58,11 @@ def report(
         _list(json=json)
         return
     if name not in REPORTS:
-        listed = "\n".join(f"  {one.name}: {one.definition}" for one in REPORTS.values())
-        fail(f"there is no report {name!r}; there are:\n{listed}", code=2)
+        fail(
+            f"there is no report {name!r}; there are {', '.join(REPORTS)} "
+            "(`chat-sessions report` says what each is)",
+            code=2,
+        )
     if json and as_csv:
         fail("--json and --csv are two forms of the same: choose one", code=2)
     with refusals_are_lines():

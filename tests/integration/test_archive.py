@@ -674,7 +674,7 @@ async def test_the_commands_say_what_they_did_and_end_with_1_where_something_was
 
     exported = await call("export", "out", "--format", "jsonl.gz")
     assert (exported.returncode, exported.stderr) == (0, "")
-    assert exported.stdout == "1 sessions with 2 messages in 1 months: out\n"
+    assert exported.stdout == "1 session with 2 messages in 1 month: out\n"
     done = await call("import", "out", "--json")
     assert done.returncode == 0, done
     assert json.loads(done.stdout)["messages_known"] == 2
