@@ -46,6 +46,9 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,
+        # The framework would look in the environment, for every request, whether somebody has set up OpenTelemetry:
+        # a twentieth of a cached history. `/metrics` tells what happens here.
+        telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     routers = (sessions.router, analytics.router, reports.router, health.router, metrics.router)
     problems.install(app, [route for router in routers for route in router.routes])
