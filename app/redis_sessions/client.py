@@ -186,18 +186,27 @@ class BoundedRedis:
         self._timeout_seconds = timeout_seconds
         self._out_until = 0.0
         self._out = False
+        self._answered_at = 0.0
         self._at_hand: list[AbstractConnection] = []
 
     @asynccontextmanager
     async def step(self, *, urgent: bool = False, since: float | None = None) -> AsyncIterator[Redis]:
         """`urgent`: tried even right after an outage that somebody else met. `since`: when its first caller began
-        to wait, on the clock of `time.monotonic`; else now.
+        to wait, on the clock of `time.monotonic`; else now. Waiting while Redis answers others does not count.
         """
         now = time.monotonic()
         if not urgent and now < self._out_until:
             raise CacheOutage("redis was out a moment ago")
+        # Else a process that is behind would give up on a Redis that answers, ask PostgreSQL for all of it, which takes
+        # longer, fall further behind, and never come out of that again.
+        waited = now - max(since, self._answered_at) if since is not None else 0.0
+        if waited >= self._timeout_seconds:
+            # Not left to a timeout that has ended before it begins: Python 3.11's wait_for, in redis-py, may lose it.
+            late = TimeoutError("no answer in time")
+            self._note_outage(late)
+            raise CacheOutage(f"redis: {late}")
         try:
-            async with asyncio.timeout(self._timeout_seconds - (now - (since or now))):
+            async with asyncio.timeout(self._timeout_seconds - waited):
                 yield self.redis
         except ResponseError as exc:
             if isinstance(exc, ReadOnlyError):
@@ -294,6 +303,7 @@ class BoundedRedis:
 
     def _note_answer(self) -> None:
         self._out_until = 0.0
+        self._answered_at = time.monotonic()
         if self._out:
             self._out = False
             log.warning("redis is back")

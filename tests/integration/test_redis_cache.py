@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
@@ -1419,3 +1420,21 @@ async def test_of_many_connections_few_are_kept_at_hand(servers: Servers) -> Non
     await asyncio.gather(*(bounded.redis.ping() for _ in range(24)))
     await bounded.redis.aclose()
     assert not [one for one in pool._in_use_connections if one.is_connected]
+
+
+async def test_who_has_waited_for_his_turn_while_redis_answered_others_is_not_told_that_it_is_out(
+    servers: Servers, redis: Redis
+) -> None:
+    bounded = BoundedRedis(create_redis(servers.redis_url, database=1, timeout_seconds=5), timeout_seconds=1)
+    waiting_since = time.monotonic() - 2
+    await bounded.commands([("PING",)])
+    await redis.client_pause(200)
+    assert await bounded.commands([("PING",)], since=waiting_since) == [b"PONG"]
+
+    # Had it answered nobody meanwhile, it would have been out all the time.
+    bounded._answered_at -= 10
+    await redis.client_pause(200)
+    with pytest.raises(CacheOutage):
+        await bounded.commands([("PING",)], since=waiting_since)
+    await redis.client_unpause()
+    await bounded.redis.aclose()
