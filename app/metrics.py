@@ -101,6 +101,7 @@ class Observed:
     lease_seconds_left: float = 0.0
     rollup_lag_seconds: float = 0.0
     rollup_dirty: int = 0
+    rollup_set_aside: int = 0
 
 
 def observed(runtime: Runtime) -> Observed:
@@ -115,6 +116,7 @@ def observed(runtime: Runtime) -> Observed:
         lease_seconds_left=stores.lease.seconds_left(),
         rollup_lag_seconds=pending.lag_seconds if pending is not None else 0.0,
         rollup_dirty=pending.marks if pending is not None else 0,
+        rollup_set_aside=pending.set_aside if pending is not None else 0,
     )
 
 
@@ -195,6 +197,12 @@ def _coherence(processes: Sequence[tuple[dict[str, str], Observed]]) -> Iterable
         f"Marks of writes that reports do not have yet, up to {MARKS_TOLD_MAX}. "
         "It falls after an import; if it only grows, see chat_rollup_lag_seconds.",
         ((worker, float(one.rollup_dirty)) for worker, one in processes),
+    )
+    yield _gauge(
+        "chat_rollup_set_aside_sessions",
+        "Sessions that can't be counted, so that they are in no report: must be 0. "
+        "`chat-sessions rollup status` says why.",
+        ((worker, float(one.rollup_set_aside)) for worker, one in processes),
     )
 
 

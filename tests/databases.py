@@ -44,6 +44,7 @@ _ROLLUPS = (
         "source_again",
         "gone",
         "dirty",
+        "set_aside",
         "state",
     ),
 )

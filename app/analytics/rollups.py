@@ -2,15 +2,17 @@
 
 Whoever writes leaves a mark in the same transaction (triggers, migration 0003). A round takes some marks, counts their
 sessions, and commits both: what a crash takes back, the next round finds again. Rounds are one after the other, of
-however many workers; `rollups.sql` says how each is one. `docs/decisions/0009-roll-ups.md` has the argument.
+however many workers; `rollups.sql` says how each is one. A session that can't be counted is set aside, for others not to
+wait for it. `docs/decisions/0009-roll-ups.md` has the argument.
 """
 
 import asyncio
 import logging
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -18,8 +20,9 @@ from uuid import UUID
 import asyncpg
 
 from app.analytics.statements import parse_statements
+from app.chat import format_time
 from app.errors import ChatError, StartRefused
-from app.postgres.engine import Database
+from app.postgres.engine import Database, outage_or_same
 
 log = logging.getLogger("chat_sessions.rollups")
 
@@ -34,6 +37,11 @@ _MESSAGES_OF_SESSION_MIN = 10
 
 #: A round takes a second at most; deleting one session of a million messages longer.
 _ROUND_TIMEOUT_SECONDS = 120
+
+#: After this, what a round with failures has not come to is left to the next one.
+_FAILING_ROUND_SECONDS = 20.0
+
+_ERROR_CHARACTERS = 500
 
 #: Marks are counted up to here.
 MARKS_TOLD_MAX = 100_000
@@ -62,12 +70,33 @@ _TABLES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """What is not in the roll-ups yet. `marks` counts up to `MARKS_TOLD_MAX`, `lag_seconds` is the oldest one's age."""
+    """What is not in the roll-ups yet. `marks` counts up to `MARKS_TOLD_MAX`, `lag_seconds` is the oldest one's age.
+
+    `set_aside`: sessions that can't be counted; `retries`, whether it is time to try one of them again.
+    """
 
     marks: int
     lag_seconds: float
     backfills: bool
     timezone: str | None
+    set_aside: int
+    retries: bool
+
+    @property
+    def waits(self) -> bool:
+        """Whether a round has anything to do."""
+        return self.marks > 0 or self.backfills or self.retries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetAside:
+    """A session that the roll-ups are without, since when, and when it is tried again."""
+
+    session_id: UUID
+    error: str
+    failures: int
+    since: datetime
+    retry_at: datetime
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,9 +134,30 @@ class Rollups:
             before: list[UUID] = []
             if not state["complete"]:
                 before = await _next_backfilled(conn, state["backfilled_from"])
-            await _count(conn, list(marked.union(before)), state["timezone"])
+            aside = await conn.fetch(_SQL["find_aside"], list(marked.union(before)))
+            due = [record["session_id"] for record in aside if record["is_due"]]
+            good = marked.union(before).difference(record["session_id"] for record in aside)
+            failed = await _count_apart(conn, list(good), state["timezone"])
+            # Not together with the good ones, which would have to be counted again for each that fails.
+            failed |= await _count_apart(conn, due, state["timezone"])
+            await conn.execute(_SQL["take_back"], [session for session in due if session not in failed])
+            put_aside = await _set_aside(conn, failed)
+        # Once they are: a round that was rolled back has set nothing aside.
+        for one in put_aside:
+            _tell(one, failed[one.session_id])
         complete = state["complete"] or len(before) < _BACKFILLED_SESSIONS
-        return Round(sessions=len(marked), backfilled=len(before), complete=complete)
+        counted = len(marked) - len(marked.intersection(failed))
+        return Round(sessions=counted, backfilled=len(before), complete=complete)
+
+    async def set_aside(self, limit: int) -> list[SetAside]:
+        """The sessions that can't be counted, up to `limit`, the oldest first."""
+        async with self._database.connection() as conn:
+            return [SetAside(**record) for record in await conn.fetch(_SQL["list_aside"], limit)]
+
+    async def retry(self) -> None:
+        """Those that are set aside are tried again by the next rounds, whatever the pauses."""
+        async with self._database.connection() as conn:
+            await conn.execute(_SQL["retry"])
 
     async def forget(self) -> None:
         """Empties the roll-ups. All is counted anew, with days of `timezone`, by the rounds that follow.
@@ -124,6 +174,7 @@ class Rollups:
                     hint="set ANALYTICS_TIMEZONE to a name of pg_timezone_names, like Asia/Ho_Chi_Minh",
                 ) from exc
             await conn.execute(f"TRUNCATE {', '.join(f'chat.rollup_{table}' for table in _TABLES)}")
+            await conn.execute(_SQL["retry"])
             await conn.execute(_SQL["begin_anew"], self.timezone)
 
 
@@ -136,10 +187,63 @@ async def _next_backfilled(conn: asyncpg.Connection, counted_from: UUID | None) 
     return found
 
 
-async def _count(conn: asyncpg.Connection, sessions: Sequence[UUID], timezone: str) -> None:
-    if not sessions:
-        return
-    at_most = max(_MESSAGES_OF_SESSION_MIN, _MESSAGES // len(sessions))
+async def _count_apart(
+    conn: asyncpg.Connection, sessions: Sequence[UUID], timezone: str
+) -> dict[UUID, Exception]:
+    """Counts the sessions, and returns those that failed: in halves, until what fails does so alone."""
+    failed: dict[UUID, Exception] = {}
+    at_most = max(_MESSAGES_OF_SESSION_MIN, _MESSAGES // max(1, len(sessions)))
+    until = time.monotonic() + _FAILING_ROUND_SECONDS
+    parts = [sessions] if sessions else []
+    while parts:
+        part = parts.pop()
+        if failed and time.monotonic() > until:
+            await conn.execute(_SQL["mark"], part)
+            continue
+        await conn.execute("SAVEPOINT part")
+        try:
+            await _count(conn, part, timezone, at_most)
+        except Exception as exc:
+            if _concerns_all(exc):
+                raise
+            await conn.execute("ROLLBACK TO SAVEPOINT part")
+            if len(part) == 1:
+                failed[part[0]] = exc
+            else:
+                half = len(part) // 2
+                parts += [part[half:], part[:half]]
+        await conn.execute("RELEASE SAVEPOINT part")
+    return failed
+
+
+def _concerns_all(exc: Exception) -> bool:
+    """An outage, or a statement (42) that no session could pass: not about one of the sessions."""
+    return isinstance(outage_or_same(exc), ChatError) or str(getattr(exc, "sqlstate", "")).startswith("42")
+
+
+async def _set_aside(conn: asyncpg.Connection, failed: Mapping[UUID, Exception]) -> list[SetAside]:
+    if not failed:
+        return []
+    errors = [_error(exc) for exc in failed.values()]
+    return [SetAside(**record) for record in await conn.fetch(_SQL["set_aside"], list(failed), errors)]
+
+
+def _error(exc: Exception) -> str:
+    """Its first line: in the others PostgreSQL shows the row."""
+    first = next(iter(str(exc).splitlines()), "")
+    return f"{type(exc).__name__}: {first}".replace("\0", "")[:_ERROR_CHARACTERS]
+
+
+def _tell(one: SetAside, exc: Exception) -> None:
+    log.error(
+        "session %s can't be counted, so reports are without it (try %d, again at %s): %s",
+        *(one.session_id, one.failures, format_time(one.retry_at), one.error),
+        # Where PostgreSQL says what is the matter, a traceback says no more.
+        exc_info=None if isinstance(exc, asyncpg.PostgresError) else exc,
+    )
+
+
+async def _count(conn: asyncpg.Connection, sessions: Sequence[UUID], timezone: str, at_most: int) -> None:
     found = await _fetch(conn, "count_sessions", sessions, timezone, at_most)
     by_what: dict[str, list[asyncpg.Record]] = {"wrote": [], "moved": [], "left": []}
     for record in found:
@@ -193,7 +297,7 @@ class BackgroundRollups:
         """Whether there is more to do at once."""
         self.pending = await self._rollups.pending()
         self._tell_zone(self.pending.timezone)
-        if not self.pending.marks and not self.pending.backfills:
+        if not self.pending.waits:
             return False
         done = await self._rollups.round()
         if done is None:

@@ -15,7 +15,9 @@ RETURNING timezone, complete, backfilled_from;
 SELECT NOT complete AS backfills, timezone,
        (SELECT count(*)::int FROM (SELECT FROM chat.rollup_dirty LIMIT $1::int) d) AS marks,
        coalesce((SELECT extract(epoch FROM clock_timestamp() - marked_at)::float8
-                 FROM chat.rollup_dirty ORDER BY id LIMIT 1), 0) AS lag_seconds
+                 FROM chat.rollup_dirty ORDER BY id LIMIT 1), 0) AS lag_seconds,
+       (SELECT count(*)::int FROM chat.rollup_set_aside) AS set_aside,
+       EXISTS (SELECT FROM chat.rollup_set_aside WHERE retry_at <= clock_timestamp()) AS retries
 FROM chat.rollup_state WHERE id = 1;
 
 -- take_marks --
@@ -30,6 +32,31 @@ RETURNING session_id;
 
 -- mark --
 INSERT INTO chat.rollup_dirty (session_id) SELECT unnest($1::uuid[]);
+
+-- find_aside --
+-- Of sessions $1 those that are set aside, and some whose time has come to be tried again.
+SELECT session_id, retry_at <= clock_timestamp() AS is_due FROM chat.rollup_set_aside
+WHERE session_id = ANY($1::uuid[]) OR session_id IN (
+    SELECT session_id FROM chat.rollup_set_aside WHERE retry_at <= clock_timestamp() ORDER BY retry_at LIMIT 100
+);
+
+-- set_aside --
+-- Sessions $1 failed with $2: they are tried again after 10 s, 20 s, 40 s, and so on up to an hour.
+INSERT INTO chat.rollup_set_aside AS a (session_id, error, retry_at)
+SELECT session_id, error, clock_timestamp() + interval '10 s' FROM unnest($1::uuid[], $2::text[]) AS u(session_id, error)
+ON CONFLICT ON CONSTRAINT rollup_set_aside_pkey DO UPDATE
+SET error = excluded.error, failures = a.failures + 1,
+    retry_at = clock_timestamp() + least(interval '1 hour', interval '10 s' * 2 ^ least(a.failures, 10))
+RETURNING session_id, error, failures, since, retry_at;
+
+-- take_back --
+DELETE FROM chat.rollup_set_aside WHERE session_id = ANY($1::uuid[]);
+
+-- retry --
+UPDATE chat.rollup_set_aside SET retry_at = clock_timestamp() WHERE retry_at > clock_timestamp();
+
+-- list_aside --
+SELECT session_id, error, failures, since, retry_at FROM chat.rollup_set_aside ORDER BY since, session_id LIMIT $1;
 
 -- next_backfilled --
 -- The newest ids first: what people look at is right first.

@@ -168,6 +168,17 @@ rollup_gone = Table(
     Index("rollup_gone_session_idx", "session_id", "seq", "id"),
 )
 
+rollup_set_aside = Table(
+    "rollup_set_aside",
+    metadata,
+    Column("session_id", Uuid, nullable=False),
+    Column("error", Text, nullable=False),
+    Column("failures", Integer, nullable=False, server_default=text("1")),
+    Column("since", TIMESTAMP(timezone=True), nullable=False, server_default=text("clock_timestamp()")),
+    Column("retry_at", TIMESTAMP(timezone=True), nullable=False),
+    PrimaryKeyConstraint("session_id", name="rollup_set_aside_pkey"),
+)
+
 rollup_state = Table(
     "rollup_state",
     metadata,

@@ -32,6 +32,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "operations.md"
 GAUGES = {"chat_mode", "chat_store_up", "chat_cache_trusted", "chat_lease_seconds_left"} | {
     "chat_rollup_lag_seconds",
     "chat_rollup_dirty_sessions",
+    "chat_rollup_set_aside_sessions",
 }
 
 

@@ -19,6 +19,7 @@ from app.settings import Settings
 from app.wiring import open_runtime
 from tests.contract.suite import new_session, until
 from tests.integration.test_analysts import roles
+from tests.integration.test_rollups import uncountable
 
 __all__ = ["roles"]
 
@@ -70,6 +71,30 @@ async def test_other_days_take_a_rebuild(call: Call, database: Database) -> None
     assert "--rebuild" in refused.stderr
     assert rebuilt.exit_code == 0, rebuilt.output
     assert [count for _, count in await messages_by_day(database)] == [2]
+
+
+async def test_a_session_that_can_not_be_counted_is_shown(call: Call, database: Database) -> None:
+    store = PostgresChatSessionStore(database, ttl_seconds=60)
+    bad = await new_session(store, "a", "b")
+    await new_session(store, "a", "b", "c")
+    async with uncountable(database, bad):
+        done = await call("rollup")
+        shown = await call("rollup", "status")
+        as_json = await call("rollup", "status", "--json")
+    both = await call("rollup", "status", "--rebuild")
+    mended = await call("rollup", "--json")
+
+    assert done.exit_code == 1
+    assert "1 of the sessions can't be counted" in done.stderr
+    assert shown.exit_code == 0
+    assert str(bad) in shown.stdout
+    assert "never_this_one" in shown.stdout
+    [session] = json.loads(as_json.stdout)["sessions"]
+    assert (session["session_id"], session["failures"]) == (str(bad), 1)
+    assert both.exit_code == 2
+    assert mended.exit_code == 0, mended.output
+    assert json.loads(mended.stdout)["set_aside"] == 0
+    assert [count for _, count in await messages_by_day(database)] == [5]
 
 
 async def test_a_time_zone_that_is_none_is_named(call: Call) -> None:

@@ -2,8 +2,8 @@
 
 import asyncio
 import random
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -520,12 +520,124 @@ async def test_a_round_that_is_broken_off_leaves_its_marks(
     await player.play([Adopt(0, "an", _AT, _asked("user", "assistant"))])
     with monkeypatch.context() as patch:
         patch.setitem(
-            rollups._SQL, "count_users", "SELECT 1 / 0 FROM unnest($1::text[], $2::int[], $3::int[])"
+            rollups._SQL, "count_users", "SELECT lost FROM unnest($1::text[], $2::int[], $3::int[])"
         )
-        with pytest.raises(asyncpg.DivisionByZeroError):
+        # Not about one of the sessions: none is set aside for it.
+        with pytest.raises(asyncpg.UndefinedColumnError):
             await player.counting.round()
 
     await count_all(player.counting)
+
+    async with database.connection() as conn:
+        assert await differences(conn, "UTC") == {}
+
+
+@asynccontextmanager
+async def uncountable(database: Database, session_id: UUID) -> AsyncIterator[None]:
+    """Inside it, counting this session fails."""
+    async with database.connection() as conn:
+        await conn.execute(
+            "ALTER TABLE chat.rollup_sessions "
+            f"ADD CONSTRAINT never_this_one CHECK (session_id <> '{session_id}') NOT VALID"
+        )
+    try:
+        yield
+    finally:
+        async with database.connection() as conn:
+            await conn.execute("ALTER TABLE chat.rollup_sessions DROP CONSTRAINT never_this_one")
+
+
+_FIVE: list[Step] = [
+    Adopt(which, user, _AT + timedelta(hours=which), _asked("user", "assistant", sources=["a"]))
+    for which, user in enumerate(["an", "an", "an", "Bình", "chị"])
+]
+
+
+async def counted(database: Database) -> set[UUID]:
+    async with database.connection() as conn:
+        found = await conn.fetch("SELECT session_id FROM analytics.sessions WHERE day IS NOT NULL")
+    return {record["session_id"] for record in found}
+
+
+@pytest.mark.parametrize(
+    ("then", "failures"),
+    [([AppendTo(2, _asked("user", "assistant"))], 1), ([Delete(2)], 1), ([Forget()], 2)],
+    ids=["appended to", "deleted", "all counted anew"],
+)
+@pytest.mark.parametrize("was_counted", [True, False])
+async def test_a_session_that_can_not_be_counted_holds_up_no_other(
+    database: Database, caplog: pytest.LogCaptureFixture, then: list[Step], failures: int, was_counted: bool
+) -> None:
+    player = Player(database, "UTC")
+    bad = player.sessions[2]
+    await count_all(player.counting)
+    await player.play(_FIVE)
+    if was_counted:
+        await count_all(player.counting)
+    async with uncountable(database, bad):
+        await player.play([AppendTo(which, _asked("user")) for which in range(5)])
+        done = await player.counting.round()
+
+        assert done is not None
+        assert done.sessions == 4
+        [aside] = await player.counting.set_aside(10)
+        assert (aside.session_id, aside.failures) == (bad, 1)
+        assert "never_this_one" in aside.error
+        # PostgreSQL's second line has the row.
+        assert "an" not in aside.error.split()
+        assert str(bad) in caplog.text
+        now = await player.counting.pending()
+        assert (now.marks, now.set_aside, now.retries, now.waits) == (0, 1, False, False)
+        assert await counted(database) >= {*player.sessions} - {bad}
+        async with database.connection() as conn:
+            state = await conn.fetchrow("SELECT complete, set_aside FROM analytics.rollup_state")
+        assert tuple(state) == (False, 1)
+
+        # It waits for its time, whatever is written to it.
+        await player.play(then)
+        await count_all(player.counting)
+        assert [one.failures for one in await player.counting.set_aside(10)] == [failures]
+    await player.counting.retry()
+    await player.counting.round()
+
+    assert await player.counting.set_aside(10) == []
+    async with database.connection() as conn:
+        assert await differences(conn, "UTC") == {}
+        assert await conn.fetchval("SELECT count(*) FROM chat.rollup_gone") == 0
+        assert await conn.fetchval("SELECT complete FROM analytics.rollup_state")
+
+
+async def test_a_session_that_fails_again_is_tried_more_and_more_rarely(database: Database) -> None:
+    player = Player(database, "UTC")
+    pauses = []
+    async with uncountable(database, player.sessions[0]), database.connection() as conn:
+        await player.play([Adopt(0, "an", _AT, _asked("user"))])
+        for failures in (1, 2, 3, 50):
+            await conn.execute("UPDATE chat.rollup_set_aside SET failures = $1", failures - 1)
+            await player.counting.retry()
+            before = await conn.fetchval("SELECT clock_timestamp()")
+            await player.counting.round()
+            [aside] = await player.counting.set_aside(10)
+            assert aside.failures == failures
+            pauses.append(aside.retry_at - before)
+
+    for pause, at_least in zip(pauses, (10, 20, 40, 3600), strict=True):
+        assert timedelta(seconds=at_least) <= pause < timedelta(seconds=at_least + 600)
+
+
+async def test_a_round_with_failures_leaves_what_it_has_no_time_for_to_the_next(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(database, "UTC")
+    monkeypatch.setattr(rollups, "_FAILING_ROUND_SECONDS", 0)
+    async with uncountable(database, player.sessions[2]):
+        await player.play(_FIVE)
+        await count_all(player.counting)
+
+        assert await counted(database) == {*player.sessions} - {player.sessions[2]}
+    await player.counting.retry()
+    await count_all(player.counting)
+    await player.counting.round()
 
     async with database.connection() as conn:
         assert await differences(conn, "UTC") == {}
