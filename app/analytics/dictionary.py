@@ -1,4 +1,6 @@
-"""The data dictionary: every view of schema `analytics` with its columns, as the database itself describes them."""
+"""The data dictionary: every view of schema `analytics` with its columns, and every function, as the database itself
+describes them.
+"""
 
 from itertools import groupby
 
@@ -13,6 +15,14 @@ WHERE c.relnamespace = 'analytics'::regnamespace AND c.relkind = 'v'
 ORDER BY c.relname COLLATE "C", a.attnum
 """
 
+_FUNCTIONS = """
+SELECT p.proname AS function, pg_get_function_arguments(p.oid) AS arguments, pg_get_function_result(p.oid) AS result,
+       obj_description(p.oid, 'pg_proc') AS what
+FROM pg_proc p
+WHERE p.pronamespace = 'analytics'::regnamespace
+ORDER BY p.proname COLLATE "C", 2
+"""
+
 _HEAD = f"""# Data dictionary
 
 Schema `analytics`, as `chat-sessions dictionary` prints it from a database. Views only gain columns.
@@ -24,6 +34,7 @@ async def dictionary(database: Database) -> str:
     """A page of Markdown."""
     async with database.connection() as conn:
         records = await conn.fetch(_COLUMNS)
+        functions = await conn.fetch(_FUNCTIONS)
     parts = [_HEAD]
     for (view, what), columns in groupby(records, key=lambda record: (record["view"], record["what"])):
         parts.append(f"\n## analytics.{view}\n\n{what}\n\n| column | type | meaning |\n|---|---|---|\n")
@@ -31,4 +42,8 @@ async def dictionary(database: Database) -> str:
             mark = " *" if one["column"] in TEXT_COLUMNS.get(view, ()) else ""
             meaning = (one["meaning"] or "").replace("|", "\\|")
             parts.append(f"| `{one['column']}`{mark} | {one['type']} | {meaning} |\n")
+    parts += [
+        f"\n## analytics.{one['function']}({one['arguments']})\n\n{one['what']}\n\nReturns `{one['result']}`.\n"
+        for one in functions
+    ]
     return "".join(parts)

@@ -386,88 +386,24 @@ ORDER BY 1;
 -- session_duration --
 -- How long sessions created in the range lasted, from first to last message: average, and what 50, 75, 90, 95 and 99 % do not
 -- exceed, within 2.5 %. Sessions without a message are left out.
-WITH counted AS (
-    SELECT bucket, value, sum(sessions) AS sessions
-    FROM analytics.session_measures_daily
-    WHERE measure = 'duration' AND day >= :first_day AND day < :end_day
-    GROUP BY bucket, value
-), running AS (
-    SELECT value, sum(sessions) OVER (ORDER BY bucket) AS so_far, sum(sessions) OVER () AS total
-    FROM counted
-)
-SELECT coalesce(max(total), 0)::bigint AS sessions,
-       (SELECT (sum(duration_ms) / nullif(sum(timed_sessions), 0))::double precision FROM analytics.sessions_daily
-        WHERE day >= :first_day AND day < :end_day) AS avg_ms,
-       min(value) FILTER (WHERE so_far >= 0.5 * total) AS p50_ms,
-       min(value) FILTER (WHERE so_far >= 0.75 * total) AS p75_ms,
-       min(value) FILTER (WHERE so_far >= 0.9 * total) AS p90_ms,
-       min(value) FILTER (WHERE so_far >= 0.95 * total) AS p95_ms,
-       min(value) FILTER (WHERE so_far >= 0.99 * total) AS p99_ms
-FROM running;
+SELECT sessions, average AS avg_ms, p50 AS p50_ms, p75 AS p75_ms, p90 AS p90_ms, p95 AS p95_ms, p99 AS p99_ms
+FROM analytics.session_quantiles('duration', :first_day, :end_day);
 
 -- first_response_time --
 -- How long sessions created in the range waited from the first question to the first answer after it: average, and what 50, 75,
 -- 90, 95 and 99 % do not exceed, within 2.5 %. Sessions without such an answer are left out.
-WITH counted AS (
-    SELECT bucket, value, sum(sessions) AS sessions
-    FROM analytics.session_measures_daily
-    WHERE measure = 'first_response' AND day >= :first_day AND day < :end_day
-    GROUP BY bucket, value
-), running AS (
-    SELECT value, sum(sessions) OVER (ORDER BY bucket) AS so_far, sum(sessions) OVER () AS total
-    FROM counted
-)
-SELECT coalesce(max(total), 0)::bigint AS sessions,
-       (SELECT (sum(first_response_ms) / nullif(sum(responded_sessions), 0))::double precision FROM analytics.sessions_daily
-        WHERE day >= :first_day AND day < :end_day) AS avg_ms,
-       min(value) FILTER (WHERE so_far >= 0.5 * total) AS p50_ms,
-       min(value) FILTER (WHERE so_far >= 0.75 * total) AS p75_ms,
-       min(value) FILTER (WHERE so_far >= 0.9 * total) AS p90_ms,
-       min(value) FILTER (WHERE so_far >= 0.95 * total) AS p95_ms,
-       min(value) FILTER (WHERE so_far >= 0.99 * total) AS p99_ms
-FROM running;
+SELECT sessions, average AS avg_ms, p50 AS p50_ms, p75 AS p75_ms, p90 AS p90_ms, p95 AS p95_ms, p99 AS p99_ms
+FROM analytics.session_quantiles('first_response', :first_day, :end_day);
 
 -- turns_per_session --
 -- How many messages of the user sessions created in the range have: average, and what 50, 75, 90, 95 and 99 % do not exceed.
-WITH counted AS (
-    SELECT bucket, value, sum(sessions) AS sessions
-    FROM analytics.session_measures_daily
-    WHERE measure = 'turns' AND day >= :first_day AND day < :end_day
-    GROUP BY bucket, value
-), running AS (
-    SELECT value, sum(sessions) OVER (ORDER BY bucket) AS so_far, sum(sessions) OVER () AS total
-    FROM counted
-)
-SELECT coalesce(max(total), 0)::bigint AS sessions,
-       (SELECT (sum(turns) / nullif(sum(sessions), 0))::double precision FROM analytics.sessions_daily
-        WHERE day >= :first_day AND day < :end_day) AS avg,
-       min(value) FILTER (WHERE so_far >= 0.5 * total) AS p50,
-       min(value) FILTER (WHERE so_far >= 0.75 * total) AS p75,
-       min(value) FILTER (WHERE so_far >= 0.9 * total) AS p90,
-       min(value) FILTER (WHERE so_far >= 0.95 * total) AS p95,
-       min(value) FILTER (WHERE so_far >= 0.99 * total) AS p99
-FROM running;
+SELECT sessions, average AS avg, p50, p75, p90, p95, p99
+FROM analytics.session_quantiles('turns', :first_day, :end_day);
 
 -- messages_per_session --
 -- How many messages sessions created in the range have: average, and what 50, 75, 90, 95 and 99 % do not exceed.
-WITH counted AS (
-    SELECT bucket, value, sum(sessions) AS sessions
-    FROM analytics.session_measures_daily
-    WHERE measure = 'messages' AND day >= :first_day AND day < :end_day
-    GROUP BY bucket, value
-), running AS (
-    SELECT value, sum(sessions) OVER (ORDER BY bucket) AS so_far, sum(sessions) OVER () AS total
-    FROM counted
-)
-SELECT coalesce(max(total), 0)::bigint AS sessions,
-       (SELECT (sum(messages) / nullif(sum(sessions), 0))::double precision FROM analytics.sessions_daily
-        WHERE day >= :first_day AND day < :end_day) AS avg,
-       min(value) FILTER (WHERE so_far >= 0.5 * total) AS p50,
-       min(value) FILTER (WHERE so_far >= 0.75 * total) AS p75,
-       min(value) FILTER (WHERE so_far >= 0.9 * total) AS p90,
-       min(value) FILTER (WHERE so_far >= 0.95 * total) AS p95,
-       min(value) FILTER (WHERE so_far >= 0.99 * total) AS p99
-FROM running;
+SELECT sessions, average AS avg, p50, p75, p90, p95, p99
+FROM analytics.session_quantiles('messages', :first_day, :end_day);
 
 -- drop_off --
 -- How many sessions created in the range reach so many messages of the user, their share of all, and how many of those that end

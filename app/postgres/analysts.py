@@ -130,6 +130,8 @@ async def _grant(conn: asyncpg.Connection) -> None:
     await conn.execute(f"REVOKE TEMPORARY ON DATABASE {database} FROM PUBLIC")
     await conn.execute(f"GRANT USAGE ON SCHEMA analytics TO {ANALYST}, {ANALYST_PII}")
     await conn.execute(f"GRANT SELECT ON ALL TABLES IN SCHEMA analytics TO {ANALYST_PII}")
+    # They read with the rights of who calls them: nothing but the views.
+    await conn.execute(f"GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA analytics TO {ANALYST}, {ANALYST_PII}")
     for view, its_columns in columns.items():
         if text := TEXT_COLUMNS.get(view):
             granted = ", ".join(f'"{column}"' for column in its_columns if column not in text)

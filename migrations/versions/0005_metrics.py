@@ -1,4 +1,4 @@
-"""Sessions that can't be counted are set aside, and told of.
+"""Sessions that can't be counted are set aside, and told of; percentiles of sessions over any days, as a function.
 
 Revision: 0005
 """
@@ -59,6 +59,60 @@ STATE_COMMENTS_BEFORE = {
 }
 
 
+# One SELECT, with the rights of the caller: so PostgreSQL takes it apart like a view, and plans it for the measure.
+# A measure that there is not has no row.
+QUANTILES = """
+CREATE FUNCTION analytics.session_quantiles(measure text, first_day date, end_day date)
+RETURNS TABLE (sessions bigint, average double precision, p50 double precision, p75 double precision,
+               p90 double precision, p95 double precision, p99 double precision)
+LANGUAGE sql STABLE PARALLEL SAFE
+BEGIN ATOMIC
+    SELECT coalesce(max(running.total), 0)::bigint,
+           CASE session_quantiles.measure
+               -- Not from the histogram, which has times within 2.5 %.
+               WHEN 'duration' THEN (
+                   SELECT sum(d.duration_ms) / nullif(sum(d.timed_sessions), 0)
+                   FROM analytics.sessions_daily d
+                   WHERE d.day >= session_quantiles.first_day AND d.day < session_quantiles.end_day
+               )
+               WHEN 'first_response' THEN (
+                   SELECT sum(d.first_response_ms) / nullif(sum(d.responded_sessions), 0)
+                   FROM analytics.sessions_daily d
+                   WHERE d.day >= session_quantiles.first_day AND d.day < session_quantiles.end_day
+               )
+               ELSE sum(running.sessions * running.bucket) / nullif(max(running.total), 0)
+           END::double precision,
+           min(running.value) FILTER (WHERE running.so_far >= 0.5 * running.total),
+           min(running.value) FILTER (WHERE running.so_far >= 0.75 * running.total),
+           min(running.value) FILTER (WHERE running.so_far >= 0.9 * running.total),
+           min(running.value) FILTER (WHERE running.so_far >= 0.95 * running.total),
+           min(running.value) FILTER (WHERE running.so_far >= 0.99 * running.total)
+    FROM (
+        SELECT counted.bucket, counted.value, counted.sessions,
+               sum(counted.sessions) OVER (ORDER BY counted.bucket) AS so_far,
+               sum(counted.sessions) OVER () AS total
+        FROM (
+            SELECT m.bucket, m.value, sum(m.sessions) AS sessions
+            FROM analytics.session_measures_daily m
+            WHERE m.measure = session_quantiles.measure
+              AND m.day >= session_quantiles.first_day AND m.day < session_quantiles.end_day
+            GROUP BY m.bucket, m.value
+        ) counted
+    ) running
+    HAVING session_quantiles.measure IN ('duration', 'first_response', 'turns', 'abandoned_turns', 'messages');
+END
+"""
+
+FUNCTION = "analytics.session_quantiles(text, date, date)"
+FUNCTION_COMMENT = (
+    "What the sessions created from first_day on and before end_day measure: how many have it, the average, and what 50, "
+    "75, 90, 95 and 99 % do not exceed. measure: turns, messages, abandoned_turns (turns of those whose last message is the "
+    "user's), exact; duration (from first to last message), first_response (from the first question to the first answer "
+    "after it), in ms, percentiles within 2.5 %. Percentiles of a range do not follow from those of its days: this adds up "
+    "session_measures_daily."
+)
+
+
 def comment(on: str, text: str) -> None:
     quoted = text.replace("'", "''")
     op.execute(f"COMMENT ON {on} IS '{quoted}'")
@@ -69,9 +123,14 @@ def upgrade() -> None:
     op.execute(STATE)
     for column, text in COMMENTS.items():
         comment(f"COLUMN analytics.rollup_state.{column}", text)
+    op.execute(QUANTILES)
+    comment(f"FUNCTION {FUNCTION}", FUNCTION_COMMENT)
+    # Whom `chat-sessions analyst add` lets call it, and nobody else.
+    op.execute(f"REVOKE ALL ON FUNCTION {FUNCTION} FROM PUBLIC")
 
 
 def downgrade() -> None:
+    op.execute(f"DROP FUNCTION {FUNCTION}")
     op.execute("DROP VIEW analytics.rollup_state")
     op.execute("DROP TABLE chat.rollup_set_aside")
     op.execute(STATE_BEFORE)

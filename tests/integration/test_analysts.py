@@ -86,6 +86,34 @@ async def test_an_analyst_reads_every_column_but_those_with_text(
     assert seen == 1
 
 
+_QUANTILES = "SELECT * FROM analytics.session_quantiles('turns', '2000-01-01', '2100-01-01')"
+
+
+@pytest.mark.parametrize("pii", [False, True])
+async def test_an_analyst_may_call_the_functions_of_the_schema(
+    roles: Database, database_url: str, pii: bool
+) -> None:
+    await new_session(PostgresChatSessionStore(roles, ttl_seconds=3600), "Bí mật")
+    await count_all(Rollups(roles, timezone="UTC"))
+    conn = await connected(database_url, await add_analyst(roles, "lan", pii=pii))
+
+    [found] = await conn.fetch(_QUANTILES)
+    none = await conn.fetch(_QUANTILES.replace("turns", "legs"))
+    await conn.close()
+
+    assert (found["sessions"], found["average"], found["p99"]) == (1, 1, 1)
+    assert none == []
+
+
+async def test_nobody_else_may_call_the_functions_of_the_schema(roles: Database, database_url: str) -> None:
+    async with roles.connection() as conn:
+        await conn.execute("CREATE ROLE khoa LOGIN PASSWORD 'khoa'; GRANT USAGE ON SCHEMA analytics TO khoa")
+    conn = await asyncpg.connect(database_url, user="khoa", password="khoa")
+
+    assert await refused(conn, _QUANTILES)
+    await conn.close()
+
+
 @pytest.mark.parametrize("pii", [False, True])
 @pytest.mark.parametrize(
     "statement",

@@ -17,12 +17,14 @@ async def test_the_page_is_what_the_database_says(database: Database) -> None:
     assert PAGE.read_text(encoding="utf-8") == await dictionary(database)
 
 
-async def test_every_view_and_every_column_is_described(database: Database) -> None:
+async def test_every_view_every_column_and_every_function_is_described(database: Database) -> None:
     async with database.connection() as conn:
         silent = await conn.fetch(
             "SELECT c.relname, a.attname FROM pg_class c JOIN pg_attribute a ON a.attrelid = c.oid AND attnum > 0 "
             "WHERE c.relnamespace = 'analytics'::regnamespace AND c.relkind = 'v' "
-            "AND (obj_description(c.oid, 'pg_class') IS NULL OR col_description(c.oid, attnum) IS NULL)"
+            "AND (obj_description(c.oid, 'pg_class') IS NULL OR col_description(c.oid, attnum) IS NULL) "
+            "UNION ALL SELECT proname, NULL FROM pg_proc "
+            "WHERE pronamespace = 'analytics'::regnamespace AND obj_description(oid, 'pg_proc') IS NULL"
         )
 
     assert silent == []

@@ -70,8 +70,10 @@ def test_a_report_says_what_it_is_and_is_bounded_in_time(query: Query):
     assert query.definition.endswith(".")
     assert query.definition.count(". ") <= 1
     for sql in query.variants.values():
-        assert re.search(r"< :(until|end_day)|CAST\(:end_day AS date\)|:granularity AND period", sql)
-        assert re.search(r">= (:since|:first_day)|CAST\(:(since|first_day) AS", sql)
+        assert re.search(
+            r"< :(until|end_day)|CAST\(:end_day AS date\)|:granularity AND period|, :end_day\)", sql
+        )
+        assert re.search(r">= (:since|:first_day)|CAST\(:(since|first_day) AS|, :first_day, ", sql)
 
 
 def test_a_variant_before_its_query_is_refused():
