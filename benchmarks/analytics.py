@@ -106,9 +106,13 @@ async def _median(call: Callable[[], Awaitable[Any]], rounds: int) -> float:
 
 
 def _report(database: Database, name: str, since: datetime, until: datetime) -> Callable[[], Awaitable[Any]]:
+    folded = reports.REPORTS[name].folded
+    if folded:
+        since = until - timedelta(days=reports.FOLDED_DAYS_MAX)
+
     async def call() -> None:
         found = await reports.run(database, name, since=since, until=until, timezone=_ZONE, granularity="day")
-        assert found.source == "roll-ups"
+        assert found.source == ("messages" if folded else "roll-ups")
         assert found.complete
 
     return call

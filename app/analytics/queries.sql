@@ -4,6 +4,8 @@
 --     name           from roll-ups: of days, or of hours where it reads messages_hourly
 --     name hours     from roll-ups of hours, where the range is not made of days of the roll-ups' zone
 --     name plain     from the messages themselves: any range, any zone, one user; the same numbers, percentiles interpolated
+--     name folded    from the messages alone, a week at most: rows whose question is the same without accents, case and
+--                    punctuation are then added up, and the most frequent kept (app/analytics/questions.py)
 --
 -- Parameters: since and until, instants, since inclusive and until exclusive; first_day and end_day, the same as days of
 -- timezone; granularity: hour, day, week, or month; user_id, or NULL; limit, for rankings.
@@ -544,6 +546,39 @@ FROM cited
 GROUP BY source
 ORDER BY citations DESC, source COLLATE "C"
 LIMIT :limit;
+
+-- uncited_sources --
+-- Sources that answers cite before the range, and none in it: when they were last cited before, and by how many answers; most
+-- cited first.
+SELECT source, max(day) AS last_cited, sum(citations)::bigint AS citations
+FROM analytics.sources_cited
+WHERE day < :end_day
+GROUP BY source
+HAVING NOT bool_or(day >= :first_day)
+ORDER BY citations DESC, source COLLATE "C"
+LIMIT :limit;
+
+-- top_questions folded --
+-- How often users asked the same in the range: messages whose first 200 characters have the same words, whatever their accents,
+-- case and punctuation, as most of them write it; when last, and the newest session with it.
+SELECT left(content, 200) AS question, count(*) AS asked, max(created_at) AS last_asked, max(session_id::text) AS session_id
+FROM analytics.messages
+WHERE role = 'user' AND created_at >= :since AND created_at < :until
+  AND (CAST(:user_id AS text) IS NULL OR user_id = :user_id)
+GROUP BY 1
+ORDER BY asked DESC, left(content, 200) COLLATE "C"
+LIMIT :different;
+
+-- unanswered_questions folded --
+-- The same as top_questions, of those messages whose very next message is not the assistant's, or is one without any source in
+-- its list, or with metadata.fallback = true.
+SELECT left(question, 200) AS question, count(*) AS asked, max(asked_at) AS last_asked, max(session_id::text) AS session_id
+FROM analytics.turns
+WHERE asked_at >= :since AND asked_at < :until AND (answer_seq IS NULL OR is_fallback)
+  AND (CAST(:user_id AS text) IS NULL OR user_id = :user_id)
+GROUP BY 1
+ORDER BY asked DESC, left(question, 200) COLLATE "C"
+LIMIT :different;
 
 -- sources_per_answer --
 -- How many sources the assistant's answers of each period cite, and the share of answers with at least one, both over the answers

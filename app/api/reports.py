@@ -85,7 +85,7 @@ async def report(
         datetime | date | None,
         Query(
             alias="from",
-            description="a day of the time zone, or RFC 3339; default: the 30 days before `to`",
+            description="a day of the time zone, or RFC 3339; default: the 30 days before `to`, of questions 7",
             examples=["2025-11-14"],
         ),
         *DAY_OR_MOMENT,

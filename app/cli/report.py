@@ -31,7 +31,7 @@ def report(
             parser=day_or_moment,
             metavar="TIME",
             help="from this moment on: 2026-01-31, a day of the time zone, or 2026-01-31T09:30+07:00, UTC unless it says "
-            rf"otherwise \[default: {_DAYS} days, the last one included]",
+            rf"otherwise \[default: {_DAYS} days, the last one included; 7 of questions]",
         ),
     ] = None,
     until: Annotated[

@@ -1,4 +1,4 @@
-"""Sessions that can't be counted are set aside, and told of; percentiles of sessions over any days, as a function.
+"""Sessions that can't be counted are set aside, and told of; percentiles of sessions, and fallback answers.
 
 Revision: 0005
 """
@@ -39,6 +39,47 @@ STATE = (
         "AS lag_seconds,\n       (SELECT count(*) FROM chat.rollup_set_aside) AS set_aside\n",
     )
 )
+
+TURNS_BEFORE = """
+CREATE VIEW analytics.turns AS
+SELECT q.session_id, s.user_id, q.seq AS question_seq, a.seq AS answer_seq,
+       q.created_at AS asked_at, a.created_at AS answered_at,
+       a.processing_time_ms, a.source_count, q.content AS question, a.content AS answer
+FROM chat.chat_messages q
+LEFT JOIN chat.chat_sessions s USING (session_id)
+LEFT JOIN chat.chat_messages a
+    ON a.session_id = q.session_id AND a.session_month = q.session_month AND a.seq = q.seq + 1
+    AND a.role = 'assistant'
+WHERE q.role = 'user'
+"""
+
+# As the roll-ups count it: metadata with a NUL is not looked into.
+TURNS = TURNS_BEFORE.replace("CREATE VIEW", "CREATE OR REPLACE VIEW").replace(
+    "a.content AS answer\n",
+    r"""a.content AS answer,
+       CASE WHEN a.seq IS NOT NULL THEN
+           coalesce(a.source_count = 0, false)
+           OR coalesce(CASE WHEN strpos(replace(a.metadata::text, '\\', ''), '\u0000') = 0
+                            THEN a.metadata::jsonb -> 'fallback' = 'true' END, false)
+       END AS is_fallback
+""",
+)
+
+IS_FALLBACK = "Whether the answer has no source in its list, or metadata.fallback = true."
+
+TURNS_COMMENTS_BEFORE = {
+    "VIEW analytics.turns": "One row a user's message, with the assistant's answer where the very next message is one.",
+    "COLUMN analytics.turns.session_id": "The session in analytics.sessions.",
+    "COLUMN analytics.turns.user_id": "The user who owns the session.",
+    "COLUMN analytics.turns.question_seq": "The user's message in analytics.messages.",
+    "COLUMN analytics.turns.answer_seq": "The answer in analytics.messages. NULL, like all about the answer, where there is none.",
+    "COLUMN analytics.turns.asked_at": "When the question was written. Always bound it, an index serves that.",
+    "COLUMN analytics.turns.answered_at": "When the answer was written.",
+    "COLUMN analytics.turns.processing_time_ms": "How long the answer took, where its metadata says so.",
+    "COLUMN analytics.turns.source_count": "How many sources the answer has, where its metadata lists them.",
+    "COLUMN analytics.turns.question": "The user's text.",
+    "COLUMN analytics.turns.answer": "The assistant's text.",
+}
 
 COMPLETE_BEFORE = (
     "false: sessions from before the roll-ups, or from before a rebuild, are still being counted."
@@ -119,6 +160,8 @@ def comment(on: str, text: str) -> None:
 
 
 def upgrade() -> None:
+    op.execute(TURNS)
+    comment("COLUMN analytics.turns.is_fallback", IS_FALLBACK)
     op.execute(TABLE)
     op.execute(STATE)
     for column, text in COMMENTS.items():
@@ -131,6 +174,10 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.execute(f"DROP FUNCTION {FUNCTION}")
+    op.execute("DROP VIEW analytics.turns")
+    op.execute(TURNS_BEFORE)
+    for on, text in TURNS_COMMENTS_BEFORE.items():
+        comment(on, text)
     op.execute("DROP VIEW analytics.rollup_state")
     op.execute("DROP TABLE chat.rollup_set_aside")
     op.execute(STATE_BEFORE)

@@ -100,6 +100,7 @@ async def test_one_user_is_read_from_the_messages(api, session):
         ("cost", {}, "unknown_report", "path.report"),
         ("traffic", {"from": "2025-11-14", "to": "2025-11-13"}, "range_refused", "query.from"),
         ("traffic", {"from": "2001-11-14", "to": "2025-11-13"}, "range_refused", "query.from"),
+        ("top_questions", {"from": "2025-11-14", "to": "2025-11-22"}, "range_refused", "query.from"),
         ("traffic", {"from": "yesterday"}, "validation_failed", "query.from"),
         ("traffic", {"to": "2025-02-30"}, "validation_failed", "query.to"),
         ("traffic", {"from": "0001-01-01T00:00:00+07:00"}, "validation_failed", "query.from"),

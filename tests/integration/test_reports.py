@@ -43,6 +43,9 @@ MOMENT = timedelta(milliseconds=1)
 PLAIN = [name for name, one in REPORTS.items() if one.plain]
 
 
+FOLDED = [name for name, one in REPORTS.items() if one.folded]
+
+
 async def count_all(database: Database, timezone: str = "UTC") -> None:
     counting = Rollups(database, timezone=timezone)
     while (now := await counting.pending()).marks or now.backfills:
@@ -359,6 +362,82 @@ class TestTopSources:
         assert (await report(database, "top_sources")).rows == ()
 
 
+class TestQuestions:
+    async def test_spellings_of_a_question_are_added_up(self, store, database):
+        of_an = await record(
+            store, said(content="hoc phi"), said(content="Học phí?"), said(NOON + MOMENT, content="Học phí?")
+        )
+        of_binh = await record(store, said(content="HỌC PHÍ"), said(content="Khác"), user_id="bình")
+
+        found = await report(database, "top_questions")
+        of_one = await report(database, "top_questions", user_id="an", limit=1)
+
+        assert found.columns == ("question", "asked", "last_asked", "session_id")
+        assert found.rows == (
+            ("Học phí?", 4, NOON + MOMENT, str(max(of_an, of_binh))),
+            ("Khác", 1, NOON, str(of_binh)),
+        )
+        assert (found.source, found.granularity) == ("messages", None)
+        assert of_one.rows == (("Học phí?", 3, NOON + MOMENT, str(of_an)),)
+
+    async def test_a_question_is_unanswered_where_the_answer_is_none_or_a_fallback(self, store, database):
+        await record(store, said(content="sourced"), cited("a"), said(content="unsourced"), cited())
+        await record(store, said(content="fell back"), answered({"sources": ["a"], "fallback": True}))
+        await record(
+            store, said(content="not said"), answered(), said(content="overtaken"), said(role="tool")
+        )
+        await record(
+            store, said(content="hidden"), answered({"fallback": True, "note": "\0"}), said(content="last")
+        )
+
+        found = await report(database, "unanswered_questions")
+
+        assert [row[0] for row in found.rows] == ["fell back", "last", "overtaken", "unsourced"]
+
+    @pytest.mark.parametrize("name", FOLDED)
+    async def test_the_range_has_its_begin_and_not_its_end(self, store, database, name):
+        moments = {"before": SINCE - MOMENT, "first": SINCE, "last": UNTIL - MOMENT, "after": UNTIL}
+        await record(store, *(said(at, content=text) for text, at in moments.items()))
+
+        assert [row[0] for row in (await report(database, name)).rows] == ["first", "last"]
+
+    @pytest.mark.parametrize("name", FOLDED)
+    async def test_a_week_is_the_widest_range_and_the_default(self, database, name):
+        week = timedelta(days=7)
+
+        assert (await report(database, name, until=SINCE + week)).rows == ()
+        default = await run(database, name)
+        assert default.until - default.since == week
+        with pytest.raises(RangeRefused, match=f"report {name} reads the messages themselves, of at most 7"):
+            await report(database, name, until=SINCE + week + MOMENT)
+
+    @pytest.mark.parametrize("name", FOLDED)
+    async def test_more_texts_than_are_added_up_in_memory_are_refused(
+        self, store, database, name, monkeypatch
+    ):
+        await record(store, said(content="one"), said(content="two"), said(content="three"))
+        monkeypatch.setattr(reports, "_SPELLINGS_MAX", 2)
+
+        with pytest.raises(RangeRefused, match="more than 2 different texts") as refused:
+            await report(database, name)
+
+        assert refused.value.hint == "ask for a shorter one"
+
+    async def test_an_answer_is_found_by_its_key(self, database, monkeypatch):
+        explained = Query(
+            name="explained",
+            definition="Explained.",
+            sql="SELECT " + ", ".join(f"current_setting('enable_{one}join')" for one in ("hash", "merge")),
+            folded=True,
+        )
+        monkeypatch.setattr(reports, "REPORTS", {"explained": explained})
+        monkeypatch.setattr(reports, "most_asked", lambda rows, _: rows)
+
+        assert (await report(database, "explained")).rows == (("off", "off"),)
+        # It ends with the report.
+        assert await fetch(database, "SELECT current_setting('enable_hashjoin')") == [("on",)]
+
+
 class TestRunning:
     async def test_an_unknown_report_is_refused_with_the_names_of_all(self, database):
         with pytest.raises(UnknownReport, match="there is no report 'cost'") as refused:
@@ -382,7 +461,7 @@ class TestRunning:
         with pytest.raises(RangeRefused, match="at most 3660 are reported on at once"):
             await report(database, "sessions_per_day", until=SINCE + timedelta(days=RANGE_DAYS_MAX) + MOMENT)
 
-    @pytest.mark.parametrize("name", REPORTS)
+    @pytest.mark.parametrize("name", [name for name, one in REPORTS.items() if not one.folded])
     async def test_every_report_runs_within_the_limits_over_its_widest_range(self, store, database, name):
         await record(store, said(), cited("faq.md"))
         await count_all(database)

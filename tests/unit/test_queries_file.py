@@ -32,6 +32,14 @@ def test_a_query_is_a_name_a_definition_and_a_statement():
     }
 
 
+def test_a_report_of_questions_is_marked():
+    [query] = parse_queries("-- a folded --\n-- What it says.\nSELECT 1;\n").values()
+
+    assert query == Query(name="a", definition="What it says.", sql="SELECT 1", folded=True)
+    assert list(query.variants) == ["folded"]
+    assert query.parameters == ("from", "to", "timezone", "user_id", "limit")
+
+
 def test_a_file_without_queries_has_none():
     assert parse_queries("-- a preamble\n") == {}
 
