@@ -63,12 +63,16 @@ class Stores:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """What a request needs. `stores` is None where there is no database."""
+    """What a request needs. `stores` is None where there is no database.
+
+    `redis` is for a look at the server, in every mode that has one; chats have connections of their own.
+    """
 
     settings: Settings
     store: ChatSessionStore
     assistant: Assistant
     stores: Stores | None
+    redis: BoundedRedis | None = None
     rollups: BackgroundRollups | None = None
     embedded: bool = False
 
@@ -167,16 +171,15 @@ async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIt
             deadline_seconds=settings.assistant_timeout_seconds,
         )
         stack.push_async_callback(assistant.close)
-        stores = rollups = None
+        stores = rollups = redis = None
+        if settings.enable_redis_sessions:
+            redis = await stack.enter_async_context(open_redis(settings))
         if settings.database_url is None and settings.redis_only_mode:
             store: ChatSessionStore = _open_redis_only(stack, settings, claims=True)
         else:
             stores = await stack.enter_async_context(
                 open_stores(settings, instance_id=new_uuid(), redis_only=settings.redis_only_mode)
             )
-            redis = None
-            if settings.enable_redis_sessions:
-                redis = await stack.enter_async_context(open_redis(settings))
             with _outage_refuses():
                 await settle_mode(
                     stores.keeper,
@@ -202,6 +205,7 @@ async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIt
             store=store,
             assistant=assistant,
             stores=stores,
+            redis=redis,
             rollups=rollups,
             embedded=embedded,
         )

@@ -35,13 +35,21 @@ def share_metrics(app: FastAPI, ask_workers: AskWorkers) -> None:
 @router.get("/metrics", include_in_schema=False)
 async def metrics(request: Request, runtime: Served, accept: Annotated[str, Header()] = "") -> Response:
     """Never fails for an outage of a store: that is when it is read."""
-    processes: Mapping[str, Observed | None] = {"": observed(runtime)}
-    ask_workers: AskWorkers | None = getattr(request.app.state, "ask_workers", None)
-    if ask_workers is not None:
-        workers = await ask_workers()
-        processes = {name: Observed(**told) if told else None for name, told in workers.items()}
+    processes = await of_all_workers(request, runtime)
     body, content_type = exposition(processes, await _asked(runtime), accept=accept)
     return Response(body, headers={"Content-Type": content_type, "Cache-Control": "no-store"})
+
+
+async def of_all_workers(request: Request, runtime: Runtime) -> Mapping[str, Observed | None]:
+    """What each process of this service says of itself, by the worker's number; None: it did not answer.
+
+    The only process of a service is named "".
+    """
+    ask_workers: AskWorkers | None = getattr(request.app.state, "ask_workers", None)
+    if ask_workers is None:
+        return {"": observed(runtime)}
+    workers = await ask_workers()
+    return {name: Observed(**told) if told else None for name, told in workers.items()}
 
 
 async def _asked(runtime: Runtime) -> tuple[StoreHealth, ...]:

@@ -11,7 +11,7 @@ import httpx
 import uvicorn
 from redis.asyncio import Redis
 
-from app.api.app import create_app
+from app.application import create_app
 from app.chat import format_time, parse_time, utc_now
 from app.postgres.engine import Database, create_engine
 from app.settings import Settings

@@ -12,7 +12,7 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
-from app.api.app import create_app
+from app.application import create_app
 from app.chat import format_time, keyed_message_id, new_uuid, utc_now
 from app.postgres.schema import REVISION
 from tests.databases import migrate, new_database

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck
 from hypothesis import settings as hypothesis_settings
 from schemathesis.checks import CHECKS, load_all_checks
 
-from app.api.app import create_app
+from app.application import create_app
 from app.settings import Settings
 from tests.integration.api_client import SESSIONS, empty_stores, serving
 

@@ -1,4 +1,4 @@
-"""The application: routes, errors, documentation, and the lifespan that opens and closes everything."""
+"""The application: the API and the pages, errors, documentation, and the lifespan that opens and closes everything."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -56,7 +56,7 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
         app.include_router(router)
     hot.install(app)
     # From this service itself: a browser asks no other host for anything.
-    app.mount("/docs/assets", StaticFiles(directory=Path(__file__).parent / "swagger_ui"), name="swagger")
+    app.mount("/docs/assets", StaticFiles(directory=Path(hot.__file__).parent / "swagger_ui"), name="swagger")
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
