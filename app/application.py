@@ -15,6 +15,8 @@ from starlette.staticfiles import StaticFiles
 from app import __version__
 from app.api import analytics, health, hot, metrics, problems, reports, sessions
 from app.settings import Settings
+from app.web import PAGES
+from app.web.frame import show_errors
 from app.wiring import open_runtime
 
 _DESCRIPTION = """
@@ -54,6 +56,10 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
     problems.install(app, [route for router in routers for route in router.routes])
     for router in routers:
         app.include_router(router)
+    if settings.enable_pages:
+        for router in PAGES:
+            app.include_router(router)
+        show_errors(app)
     hot.install(app)
     # From this service itself: a browser asks no other host for anything.
     app.mount("/docs/assets", StaticFiles(directory=Path(hot.__file__).parent / "swagger_ui"), name="swagger")

@@ -87,6 +87,7 @@ class Settings(BaseSettings):
     workers: Annotated[int, Field(ge=1, le=64)] = Field(
         1, description="processes that serve on it, each with its own PostgreSQL connections"
     )
+    enable_pages: bool = Field(default=True, description="false: the API alone, without the pages for people")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="what is logged")
 
     # The assistant.

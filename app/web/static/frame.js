@@ -1,0 +1,57 @@
+// What every page needs of a script. All of it is also readable without: times stand there in UTC, numbers of the load.
+"use strict";
+
+(() => {
+  const two = (number) => String(number).padStart(2, "0");
+
+  // <time datetime data-local="moment|time">: in the reader's own zone; the title keeps UTC.
+  function showLocal(root) {
+    for (const time of root.querySelectorAll("time[data-local]")) {
+      const at = new Date(time.dateTime);
+      const clock = [at.getHours(), at.getMinutes(), at.getSeconds()].map(two).join(":");
+      const day = [at.getFullYear(), two(at.getMonth() + 1), two(at.getDate())].join("-");
+      time.textContent = time.dataset.local === "time" ? clock : `${day} ${clock}`;
+    }
+  }
+
+  // [data-poll="seconds"] with hx-trigger="tick": asks again while somebody can see it, and soon after he has come back.
+  const asked = new WeakMap();
+  function tick() {
+    if (document.visibilityState !== "visible") return;
+    for (const part of document.querySelectorAll("[data-poll]")) {
+      if (part.classList.contains("htmx-request")) continue;
+      const now = performance.now();
+      if (!asked.has(part)) asked.set(part, now);
+      if (now - asked.get(part) >= 1000 * Number(part.dataset.poll)) {
+        asked.set(part, now);
+        part.dispatchEvent(new Event("tick"));
+      }
+    }
+  }
+
+  // [data-lost] is shown while what is polled does not answer.
+  function lost(isLost) {
+    for (const note of document.querySelectorAll("[data-lost]")) note.hidden = !isLost;
+  }
+
+  setInterval(tick, 250);
+  // For the whole page first, then for each part that replaces another.
+  document.addEventListener("htmx:load", (event) => showLocal(event.detail.elt));
+  document.addEventListener("htmx:afterRequest", (event) => {
+    // Not detail.elt: what has replaced itself is gone by now, and its place holder stands there.
+    if (event.detail.requestConfig.elt.hasAttribute("data-poll")) lost(!event.detail.successful);
+  });
+
+  // <button data-copy="id" hidden>: shown where it can work; says for a moment that it has.
+  for (const button of document.querySelectorAll("button[data-copy]")) {
+    if (!navigator.clipboard) continue;
+    button.hidden = false;
+    button.addEventListener("click", async () => {
+      await navigator.clipboard.writeText(document.getElementById(button.dataset.copy).textContent.trim());
+      const said = button.firstChild;
+      const before = said.data;
+      said.data = button.dataset.done;
+      setTimeout(() => { said.data = before; }, 1500);
+    });
+  }
+})();
