@@ -75,7 +75,7 @@ ONLY_IN = {
     "uvloop": {"app/cli"},
     "typer": {"app/cli"},
     "rich": {"app/cli"},
-    "pydantic": {"app/api", "app/settings.py"},
+    "pydantic": {"app/api", "app/web", "app/settings.py"},
     "pydantic_settings": {"app/settings.py"},
     "redis": {"app/redis_sessions"},
     "hiredis": {"app/redis_sessions"},

@@ -15,7 +15,8 @@ _Moment = TypeVar("_Moment", date, datetime)
 _YEARS = range(1970, 9999)
 
 
-def _day_or_moment(value: object) -> datetime | date:
+def day_or_moment(value: object) -> datetime | date:
+    """What it says; raises `ValueError` with what it should be."""
     if isinstance(value, str) and re.fullmatch(r"\d{4}-\d\d-\d\d", value, re.ASCII):
         return _in_calendar(date.fromisoformat(value))
     if isinstance(value, str) and RFC3339.fullmatch(value):
@@ -30,12 +31,12 @@ def _in_calendar(moment: _Moment) -> _Moment:
 
 
 def _moment(value: object) -> datetime:
-    found = _day_or_moment(value)
+    found = day_or_moment(value)
     return found if isinstance(found, datetime) else datetime.combine(found, time(), UTC)
 
 
 #: Stands after `Query` in an `Annotated`. A day stays one: whose midnight it is, the time zone says.
-DAY_OR_MOMENT = (BeforeValidator(_day_or_moment),)
+DAY_OR_MOMENT = (BeforeValidator(day_or_moment),)
 
 #: The same where a day is its midnight in UTC.
 MOMENT = (BeforeValidator(_moment), AfterValidator(cut_to_milliseconds))

@@ -37,7 +37,8 @@ REPORTS_AT_ONCE = 2
 #: So long a report waits for its turn.
 WAIT_SECONDS = 3.0
 
-_FIELDS: dict[type[ChatError], str] = {
+#: What is wrong where a report is refused.
+FIELDS: dict[type[ChatError], str] = {
     UnknownReport: "path.report",
     UnknownTimezone: "query.timezone",
     TimezoneRefused: "query.timezone",
@@ -126,7 +127,7 @@ async def report(
             status=HTTPStatus.CONFLICT,
         )
     try:
-        async with _turn(request.app.state.reports):
+        async with turn(request.app.state.reports):
             found = await reports.run(
                 runtime.database,
                 report,
@@ -137,16 +138,21 @@ async def report(
                 user_id=user_id,
                 limit=limit,
             )
-    except tuple(_FIELDS) as exc:
-        detail = exc.detail if exc.hint is None else f"{exc.detail} ({exc.hint})"
-        raise refused_field(exc.code, _FIELDS[type(exc)], detail) from exc
+    except tuple(FIELDS) as exc:
+        raise refusal(exc) from exc
     if (form or ("csv" if "text/csv" in accept.lower() else "json")) == "csv":
         return _as_csv(report, found)
     return JSONResponse(_as_json(report, found), headers={"Vary": "Accept"})
 
 
+def refusal(exc: ChatError) -> RequestRefused:
+    """One of `FIELDS` as the refusal of the field that it is about."""
+    detail = exc.detail if exc.hint is None else f"{exc.detail} ({exc.hint})"
+    return refused_field(exc.code, FIELDS[type(exc)], detail)
+
+
 @asynccontextmanager
-async def _turn(at_once: asyncio.Semaphore) -> AsyncIterator[None]:
+async def turn(at_once: asyncio.Semaphore) -> AsyncIterator[None]:
     """A page asks for many reports at once: they wait for each other, for some time."""
     try:
         async with asyncio.timeout(WAIT_SECONDS):

@@ -19,7 +19,7 @@ from app.web.assets import address, takes_gzip
 from app.web.languages import COOKIE, LANGUAGES, Language, known_language, language_of
 
 #: Where the header leads to: `place.<name>` is the text.
-PLACES = {"stores": "/stores"}
+PLACES = {"analytics": "/analytics", "stores": "/stores"}
 
 _LANGUAGE_SECONDS = 365 * 86400
 
@@ -66,7 +66,7 @@ def render(
 ) -> Response:
     """A page, or a fragment of one, in the language of the request. All values are text: none is taken for markup.
 
-    Templates find `t` (texts), `number`, `percent`, `size`, `duration`, `moment`, `asset`, and what `base.html` takes.
+    Templates find `t` (texts), `number`, `short`, `percent`, `size`, `duration`, `moment`, `asset`, and what `base.html` takes.
     """
     language = language_of(request)
     body = (
@@ -80,6 +80,7 @@ def render(
             moment=moment,
             number=language.number,
             percent=language.percent,
+            short=language.short,
             places=PLACES.items(),
             size=language.size,
             t=language.text,

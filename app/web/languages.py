@@ -40,6 +40,14 @@ class Language:
         shown = f"{value:,.{digits}f}"
         return shown.translate(str.maketrans(",.", ".,")) if self.code == "vi" else shown
 
+    def short(self, value: float) -> str:
+        """Three figures at most, for where there is no room: 950, 1.2k, 12k, 3.4M."""
+        for unit, name in ((1_000_000, "M"), (1_000, "k")):
+            if value >= unit * 0.9995:
+                amount = value / unit
+                return f"{self.number(amount, 1 if amount < _TENTHS_SHOWN_BELOW - 0.05 else 0)}{name}"
+        return self.number(value)
+
     def percent(self, part: float, whole: float) -> str:
         """With one digit; not 100 % or 0 % unless it is so."""
         share = 1000 * part / whole

@@ -1,0 +1,255 @@
+"""`/analytics`: the reports of `queries.sql` to look at, over one range of time.
+
+Each panel is one report, asked as its call asks it: its numbers, its CSV and its SQL are the same. Charts are drawn by a
+script from the numbers that also stand in a table; all else is HTML.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, time, timedelta
+from typing import Annotated, Any, Literal
+from urllib.parse import urlencode
+
+from fastapi import Query, Request, Response
+from pydantic import BeforeValidator
+
+from app.analytics import reports
+from app.analytics.reports import Report
+from app.api.moments import day_or_moment
+from app.api.reports import FIELDS, refusal, turn
+from app.api.requests import Served, only_user
+from app.chat import utc_now
+from app.errors import ChatError, Unavailable
+from app.postgres.engine import Database
+from app.web.frame import page_router, render
+from app.web.languages import language_of
+
+router = page_router()
+
+#: Days that one click leads to.
+RANGES = (7, 30, 90)
+
+_HEAT_STEPS = 6
+_RANKED = 8
+_COHORT_WEEKS_MAX = 12
+
+# Made of days: by the hour there are none.
+_OF_DAYS = ("active_users",)
+
+_WEEKDAYS = range(1, 8)
+_HOURS = range(24)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    """A report as lines over time. `area`: the first is filled."""
+
+    report: str
+    lines: tuple[str, ...]
+    unit: Literal["count", "milliseconds", "ratio"] = "count"
+    area: bool = False
+
+
+CHARTS = (
+    Chart(report="traffic", lines=("messages", "sessions"), area=True),
+    Chart(report="active_users", lines=("mau", "wau", "dau")),
+    Chart(report="response_time_percentiles", lines=("p50_ms", "p95_ms", "p99_ms"), unit="milliseconds"),
+    Chart(report="unanswered_rate", lines=("unanswered_rate", "fallback_rate"), unit="ratio"),
+)
+
+_TABLES = ("summary", "traffic_heatmap", "retention", "top_sources", "longest_sessions", "slowest_sessions")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """A report's answer, or why there is none; and where the same is to be had as CSV."""
+
+    name: str
+    definition: str
+    found: Report | None
+    refusal: ChatError | None
+    csv: str
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        if self.found is None:
+            return []
+        return [dict(zip(self.found.columns, row, strict=True)) for row in self.found.rows]
+
+
+# A field of the form that was left empty is sent all the same.
+_OR_BLANK = BeforeValidator(lambda value: day_or_moment(value) if value else None)
+
+
+@router.get("/analytics")
+async def analytics(
+    request: Request,
+    runtime: Served,
+    days: Annotated[int, Query(ge=1, le=reports.RANGE_DAYS_MAX)] = 30,
+    since: Annotated[datetime | date | None, Query(alias="from"), _OR_BLANK] = None,
+    until: Annotated[datetime | date | None, Query(alias="to"), _OR_BLANK] = None,
+    granularity: Literal["auto", "hour", "day", "week", "month"] = "auto",
+    timezone: Annotated[str, Query(max_length=64)] = "",
+    user_id: Annotated[str, Query(max_length=256)] = "",
+) -> Response:
+    user = await only_user(runtime, user_id or None)
+    asked = {
+        "from": since,
+        "to": until,
+        "days": days if since is None else None,
+        "granularity": granularity if granularity != "auto" else None,
+        "timezone": timezone or None,
+        "user_id": user,
+    }
+    state = {name: str(value) for name, value in asked.items() if value is not None}
+    if runtime.database is None:
+        return render(request, "analytics.html", panels=None)
+    panels = await _panels(
+        runtime.database,
+        request.app.state.reports,
+        since=since,
+        until=until,
+        days=days,
+        granularity=granularity,
+        timezone=timezone or None,
+        user_id=user,
+    )
+    text = language_of(request).text
+    shown = next(one.found for one in panels.values() if one.found is not None)
+    return render(
+        request,
+        "analytics.html",
+        panels=panels,
+        charts=[(chart, panels[chart.report], series(chart, panels[chart.report], text)) for chart in CHARTS],
+        heat=heatmap(panels["traffic_heatmap"].rows),
+        hours=_HOURS,
+        cohorts=cohorts(panels["retention"].rows, shown.until.date()),
+        days=days,
+        now=utc_now(),
+        range=shown,
+        ranges=[(one, urlencode({**_without_range(state), "days": one})) for one in RANGES],
+        state=state,
+        transcripts=urlencode(
+            {"from": _instant(shown.since), "to": _instant(shown.until)} | ({"user_id": user} if user else {})
+        ),
+        weekdays=_WEEKDAYS,
+    )
+
+
+def _without_range(state: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in state.items() if name not in {"from", "to", "days"}}
+
+
+async def _panels(database: Database, at_once: asyncio.Semaphore, **asked: Any) -> Mapping[str, Panel]:
+    """Every panel by its report. Raises what is the matter with all of them."""
+    names = (*_TABLES, *(chart.report for chart in CHARTS))
+    panels = await asyncio.gather(*(_panel(database, at_once, name, **asked) for name in names))
+    refusals = [one.refusal for one in panels if one.refusal is not None]
+    for one in refusals:
+        if isinstance(one, Unavailable):
+            raise one
+    if len(refusals) == len(panels):
+        raise refusal(refusals[0]) from refusals[0]
+    return {panel.name: panel for panel in panels}
+
+
+async def _panel(database: Database, at_once: asyncio.Semaphore, name: str, **asked: Any) -> Panel:
+    query = reports.find(name)
+    wanted = {**asked, "limit": _RANKED}
+    if name in _OF_DAYS and asked["granularity"] == "hour":
+        wanted["granularity"] = "day"
+    found, why = None, None
+    try:
+        async with turn(at_once):
+            found = await reports.run(database, name, **wanted)
+    except tuple(FIELDS) as exc:
+        why = exc
+    return Panel(
+        name=name, definition=query.definition, found=found, refusal=why, csv=_csv(name, query, found, asked)
+    )
+
+
+def _csv(name: str, query: reports.Query, found: Report | None, asked: Mapping[str, Any]) -> str:
+    """Where the same rows are to be had: with the ends of the range as they were taken, so that it stays the same."""
+    wanted = {
+        "format": "csv",
+        "granularity": asked["granularity"],
+        "timezone": asked["timezone"],
+        "user_id": asked["user_id"],
+    }
+    if found is not None:
+        wanted |= {"from": _instant(found.since), "to": _instant(found.until), "timezone": found.timezone}
+    parameters = {*query.parameters, "format"}
+    kept = {field: value for field, value in wanted.items() if value is not None and field in parameters}
+    return f"/api/analytics/{name}?{urlencode(kept)}"
+
+
+def _instant(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def series(chart: Chart, panel: Panel, text: Callable[[str], str]) -> dict[str, Any]:
+    """What the script draws: local times of the report's zone as if they were UTC, in seconds since 1970; a list a line."""
+    rows = panel.rows
+    return {
+        "labels": [text(f"analytics.line.{line}") for line in chart.lines],
+        "times": [_seconds(next(iter(row.values()))) for row in rows],
+        "lines": [[row[line] for row in rows] for line in chart.lines],
+        "unit": chart.unit,
+        "area": chart.area,
+        "hours": panel.found is not None and panel.found.granularity == "hour",
+    }
+
+
+def _seconds(local: date | datetime) -> int:
+    moment = local if isinstance(local, datetime) else datetime.combine(local, time())
+    return round(moment.replace(tzinfo=UTC).timestamp())
+
+
+def heatmap(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], tuple[int, int]]:
+    """By weekday and hour: messages, and the step of the scale from 0 to 6. What has none is left out."""
+    most = max((row["messages"] for row in rows), default=0)
+    return {
+        (row["weekday"], row["hour"]): (row["messages"], step_of(row["messages"], most))
+        for row in rows
+        if row["messages"]
+    }
+
+
+def step_of(value: float, most: float) -> int:
+    """0 for nothing, 1 for little, 6 for the most."""
+    return min(_HEAT_STEPS, 1 + int(_HEAT_STEPS * value / most)) if value else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cohort:
+    """Users who wrote first in a week. `weeks`: the share who wrote so many weeks later, and its step; None: not yet."""
+
+    week: date
+    users: int
+    weeks: tuple[tuple[float, int] | None, ...]
+
+
+def cohorts(rows: Sequence[Mapping[str, Any]], until: date) -> list[Cohort]:
+    """Newest last. A week in which nobody of them wrote has no row: 0 where it has begun before `until`."""
+    weeks = min(max((row["weeks_later"] for row in rows), default=0), _COHORT_WEEKS_MAX) + 1
+    found: dict[date, dict[int, Mapping[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["cohort_week"], {})[row["weeks_later"]] = row
+    return [
+        Cohort(
+            week=week,
+            users=by_week[0]["cohort_users"],
+            weeks=tuple(
+                _retained(by_week.get(later)) if week + timedelta(weeks=later) < until else None
+                for later in range(weeks)
+            ),
+        )
+        for week, by_week in found.items()
+    ]
+
+
+def _retained(row: Mapping[str, Any] | None) -> tuple[float, int]:
+    share = row["retention_rate"] or 0.0 if row is not None else 0.0
+    return share, step_of(share, 1)
