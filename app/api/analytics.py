@@ -18,6 +18,7 @@ from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, readable_query
 from app.api.schemas import FoundOut, Problem
 from app.chat import Role, format_time, utc_now
 from app.errors import Overloaded, QueryRefused, RangeRefused
+from app.wiring import Runtime
 
 router = APIRouter(prefix="/api/analytics", tags=["analytics"], dependencies=[Depends(readable_query)])
 
@@ -29,7 +30,8 @@ _CURSOR = re.compile(r"([0-9]{1,14})\.([0-9]{1,14})\.([0-9a-f]{32})\.([0-9]{1,10
 _SEQ_MAX = 2**31 - 1
 
 
-def _cursor_text(since: datetime, place: searching.Place) -> str:
+def search_cursor(since: datetime, place: searching.Place) -> str:
+    """Where the next page of a search begins, for `after`."""
     return f"{_milliseconds(since)}.{_milliseconds(place.created_at)}.{place.session_id.hex}.{place.seq}"
 
 
@@ -112,6 +114,33 @@ async def search(
     """At most 92 days at once. Follow `next` until it is absent: then the whole range has been searched. A page with
     `partial` ended because it took long: it may hold few hits, or none, and `next` goes on.
     """
+    page, begin = await search_page(
+        runtime,
+        request.app.state.searches,
+        q,
+        match=match,
+        since=since,
+        until=until,
+        after=after,
+        user_id=user_id,
+        role=role,
+        limit=limit,
+    )
+    return JSONResponse(_found(page, begin))
+
+
+async def search_page(
+    runtime: Runtime,
+    at_once: asyncio.Semaphore,
+    q: str,
+    *,
+    match: searching.Match = "words",
+    since: datetime | None = None,
+    until: datetime | None = None,
+    after: str | None = None,
+    **filters: Any,
+) -> tuple[searching.Page, datetime]:
+    """A page of hits, and where the range begins. Raises `RequestRefused` that names the field, or `Overloaded`."""
     if runtime.database is None:
         raise RequestRefused(
             "no_archive",
@@ -129,17 +158,14 @@ async def search(
         query = searching.parse_query(q, match)
     except QueryRefused as exc:
         raise refused_field(exc.code, "query.q", str(exc)) from exc
-    at_once: asyncio.Semaphore = request.app.state.searches
     if at_once.locked():
         raise Overloaded(f"{SEARCHES_AT_ONCE} searches are under way already", retry_after_seconds=2)
     try:
         async with at_once:
-            page = await searching.search(
-                runtime.database, query, since=begin, before=before, user_id=user_id, role=role, limit=limit
-            )
+            page = await searching.search(runtime.database, query, since=begin, before=before, **filters)
     except RangeRefused as exc:
         raise refused_field(exc.code, "query.after" if after is not None else "query.from", str(exc)) from exc
-    return JSONResponse(_found(page, begin))
+    return page, begin
 
 
 def _found(page: searching.Page, since: datetime) -> dict[str, Any]:
@@ -147,5 +173,5 @@ def _found(page: searching.Page, since: datetime) -> dict[str, Any]:
         "hits": [hit.to_json() for hit in page.hits],
         "searched_from": format_time(since if page.next is None else page.next.created_at),
         "partial": page.partial,
-        **({"next": _cursor_text(since, page.next)} if page.next is not None else {}),
+        **({"next": search_cursor(since, page.next)} if page.next is not None else {}),
     }

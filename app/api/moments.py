@@ -4,7 +4,7 @@ import re
 from datetime import UTC, date, datetime, time
 from typing import TypeVar
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import BeforeValidator
 
 from app.api.schemas import RFC3339
 from app.chat import cut_to_milliseconds
@@ -24,19 +24,20 @@ def day_or_moment(value: object) -> datetime | date:
     raise ValueError("should be a day such as 2025-11-14, or RFC 3339 such as 2025-11-14T10:30:00+07:00")
 
 
-def _in_calendar(moment: _Moment) -> _Moment:
-    if moment.year not in _YEARS:
+def _in_calendar(found: _Moment) -> _Moment:
+    if found.year not in _YEARS:
         raise ValueError(f"should lie between the years {_YEARS[0]} and {_YEARS[-1]}")
-    return moment
+    return found
 
 
-def _moment(value: object) -> datetime:
+def moment(value: object) -> datetime:
+    """The same where a day is its midnight in UTC, to the millisecond."""
     found = day_or_moment(value)
-    return found if isinstance(found, datetime) else datetime.combine(found, time(), UTC)
+    return cut_to_milliseconds(found if isinstance(found, datetime) else datetime.combine(found, time(), UTC))
 
 
 #: Stands after `Query` in an `Annotated`. A day stays one: whose midnight it is, the time zone says.
 DAY_OR_MOMENT = (BeforeValidator(day_or_moment),)
 
 #: The same where a day is its midnight in UTC.
-MOMENT = (BeforeValidator(_moment), AfterValidator(cut_to_milliseconds))
+MOMENT = (BeforeValidator(moment),)

@@ -54,6 +54,11 @@ Index(
     chat_sessions.c.created_at.desc(),
     chat_sessions.c.session_id.desc(),
 )
+Index(
+    "chat_sessions_created_at_idx",
+    chat_sessions.c.created_at.desc(),
+    chat_sessions.c.session_id.desc(),
+)
 # On PostgreSQL 16 and later only: there it leaves an update of `last_activity` HOT.
 Index(
     "chat_sessions_last_activity_idx",

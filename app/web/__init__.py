@@ -1,5 +1,5 @@
 """Pages for people, beside the API: what they show is what the API and the commands say."""
 
-from app.web import analytics, assets, stores
+from app.web import analytics, assets, chat, sessions, stores
 
-PAGES = (assets.router, analytics.router, stores.router)
+PAGES = (assets.router, chat.router, analytics.router, sessions.router, stores.router)

@@ -12,16 +12,15 @@ from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
 from fastapi import Query, Request, Response
-from pydantic import BeforeValidator
 
 from app.analytics import reports
 from app.analytics.reports import Report
-from app.api.moments import day_or_moment
 from app.api.reports import FIELDS, refusal, turn
 from app.api.requests import Served, only_user
 from app.chat import utc_now
 from app.errors import ChatError, Unavailable
 from app.postgres.engine import Database
+from app.web.forms import SinceDay, UntilDay, UserId
 from app.web.frame import page_router, render
 from app.web.languages import language_of
 
@@ -78,20 +77,16 @@ class Panel:
         return [dict(zip(self.found.columns, row, strict=True)) for row in self.found.rows]
 
 
-# A field of the form that was left empty is sent all the same.
-_OR_BLANK = BeforeValidator(lambda value: day_or_moment(value) if value else None)
-
-
 @router.get("/analytics")
 async def analytics(
     request: Request,
     runtime: Served,
     days: Annotated[int, Query(ge=1, le=reports.RANGE_DAYS_MAX)] = 30,
-    since: Annotated[datetime | date | None, Query(alias="from"), _OR_BLANK] = None,
-    until: Annotated[datetime | date | None, Query(alias="to"), _OR_BLANK] = None,
+    since: SinceDay = None,
+    until: UntilDay = None,
     granularity: Literal["auto", "hour", "day", "week", "month"] = "auto",
     timezone: Annotated[str, Query(max_length=64)] = "",
-    user_id: Annotated[str, Query(max_length=256)] = "",
+    user_id: UserId = "",
 ) -> Response:
     user = await only_user(runtime, user_id or None)
     asked = {

@@ -19,7 +19,7 @@ from app.web.assets import address, takes_gzip
 from app.web.languages import COOKIE, LANGUAGES, Language, known_language, language_of
 
 #: Where the header leads to: `place.<name>` is the text.
-PLACES = {"analytics": "/analytics", "stores": "/stores"}
+PLACES = {"chat": "/", "sessions": "/sessions", "analytics": "/analytics", "stores": "/stores"}
 
 _LANGUAGE_SECONDS = 365 * 86400
 

@@ -113,9 +113,9 @@ async def open_api(settings: Settings, *, assistant: str = "echo", **overrides) 
 
 
 @contextmanager
-def serving(settings: Settings) -> Iterator[int]:
+def serving(settings: Settings, *, assistant: str = "echo") -> Iterator[int]:
     """The application behind a real socket, in a thread; gives the port."""
-    config = uvicorn.Config(app_for(settings), log_config=None, ws="none", lifespan="on")
+    config = uvicorn.Config(app_for(settings, assistant=assistant), log_config=None, ws="none", lifespan="on")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

@@ -29,12 +29,22 @@
     }
   }
 
+  // <span data-countdown="seconds">: as minutes and seconds, down to nothing.
+  function countDown() {
+    const left = (part) => Math.max(0, Number(part.dataset.countdown) - Math.floor(performance.now() / 1000));
+    for (const part of document.querySelectorAll("[data-countdown]")) {
+      const seconds = left(part);
+      part.textContent = `${Math.floor(seconds / 60)}:${two(seconds % 60)}`;
+    }
+  }
+
   // [data-lost] is shown while what is polled does not answer.
   function lost(isLost) {
     for (const note of document.querySelectorAll("[data-lost]")) note.hidden = !isLost;
   }
 
   setInterval(tick, 250);
+  setInterval(countDown, 1000);
   // For the whole page first, then for each part that replaces another.
   document.addEventListener("htmx:load", (event) => showLocal(event.detail.elt));
   document.addEventListener("htmx:afterRequest", (event) => {

@@ -1,0 +1,64 @@
+"""`/`: talk to the assistant. The page shows what was said; a script sends what is said next by the API's own calls."""
+
+from typing import Annotated
+from uuid import UUID
+
+from fastapi import Query, Request, Response
+
+from app.api.requests import Served, only_user
+from app.errors import Unavailable
+from app.store import History, SessionPage
+from app.web.frame import page_router, render
+from app.web.languages import language_of
+from app.web.sessions import Shown
+from app.wiring import Runtime
+
+router = page_router()
+
+#: Who has not said who he is.
+GUEST = "guest"
+
+_MESSAGES_SHOWN = 50
+_SESSIONS_SHOWN = 20
+
+#: What the script says, by its name there.
+_WORDS = ("thinking", "slow", "failed", "resend", "unreachable", "took", "sources")
+
+User = Annotated[str, Query(max_length=256)]
+Session = Annotated[UUID | None, Query()]
+
+
+@router.get("/")
+async def chat(request: Request, runtime: Served, user: User = "", session: Session = None) -> Response:
+    """A session of a user, or the beginning of one. Raises `SessionNotFound` for one of somebody else."""
+    language = language_of(request)
+    whose = await only_user(runtime, user or None) or GUEST
+    history: History | None = None
+    if session is not None:
+        history = await runtime.store.read_history(session, max_messages=_MESSAGES_SHOWN, user_id=whose)
+    return render(
+        request,
+        "chat.html",
+        history=history,
+        messages=[Shown.of(one) for one in history.messages] if history is not None else [],
+        past=await _past(runtime, whose),
+        session=session,
+        user=whose,
+        words={name: language.text(f"chat.script.{name}") for name in _WORDS}
+        | {role: language.text(f"role.{role}") for role in ("user", "assistant")},
+    )
+
+
+@router.get("/chat/past")
+async def past(request: Request, runtime: Served, user: User = "", session: Session = None) -> Response:
+    """The list at the side, for the script: a session that was just begun is in it."""
+    whose = await only_user(runtime, user or None) or GUEST
+    return render(request, "chat_past.html", past=await _past(runtime, whose), session=session, user=whose)
+
+
+async def _past(runtime: Runtime, user: str) -> SessionPage | None:
+    """None: it can't be said now. A cached transcript is shown all the same."""
+    try:
+        return await runtime.store.list_sessions(user, status="all", limit=_SESSIONS_SHOWN)
+    except Unavailable:
+        return None

@@ -1,0 +1,22 @@
+"""Fields of forms that are sent by GET: one that was left empty is sent all the same, and means: not given."""
+
+from datetime import date, datetime
+from typing import Annotated
+
+from fastapi import Query
+from pydantic import BeforeValidator
+
+from app.api.moments import day_or_moment, moment
+
+_OR_BLANK = BeforeValidator(lambda value: day_or_moment(value) if value else None)
+_MOMENT_OR_BLANK = BeforeValidator(lambda value: moment(value) if value else None)
+
+#: A day stays one: whose midnight it is, the time zone says.
+SinceDay = Annotated[datetime | date | None, Query(alias="from"), _OR_BLANK]
+UntilDay = Annotated[datetime | date | None, Query(alias="to"), _OR_BLANK]
+
+#: The same where a day is its midnight in UTC.
+Since = Annotated[datetime | None, Query(alias="from"), _MOMENT_OR_BLANK]
+Until = Annotated[datetime | None, Query(alias="to"), _MOMENT_OR_BLANK]
+
+UserId = Annotated[str, Query(max_length=256)]

@@ -1,0 +1,259 @@
+"""`/sessions`: everybody's sessions, and each one's transcript with where it lives at this moment.
+
+What people and assistants wrote is only ever text. Pages of a list and of a transcript are places, not numbers: nothing is
+given twice when more is written meanwhile, and the last one costs what the first one does.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Annotated
+from urllib.parse import urlencode, urlsplit
+from uuid import UUID
+
+from fastapi import Path, Query, Request, Response
+from starlette.responses import RedirectResponse
+
+from app.analytics.browse import browse_sessions
+from app.analytics.search import DEFAULT_RANGE, Hit
+from app.api.analytics import search_cursor, search_page
+from app.api.problems import RequestRefused
+from app.api.requests import Served, cursor_of, cursor_text, only_user
+from app.api.sessions import SEQ_MAX
+from app.chat import ChatSession, Message, SessionStatus
+from app.coherence.ports import CacheOutage, Entry, GuideEntry
+from app.redis_sessions.inspect import find_session
+from app.web.forms import Since, Until, UserId
+from app.web.frame import page_router, render
+from app.wiring import Runtime
+
+router = page_router()
+
+SESSIONS_OF_PAGE = 50
+MESSAGES_OF_PAGE = 50
+
+#: What is longer is cut, with a link to all of it: 50 messages of 256 KiB would be a page of 12 MiB.
+CHARACTERS_SHOWN = 8_000
+
+SessionId = Annotated[UUID, Path()]
+Seq = Annotated[int | None, Query(ge=1, le=SEQ_MAX)]
+
+
+# The list
+
+
+@router.get("/sessions")
+async def sessions(
+    request: Request,
+    runtime: Served,
+    user_id: UserId = "",
+    since: Since = None,
+    until: Until = None,
+    status: SessionStatus = "all",
+    words: Annotated[str, Query(max_length=200)] = "",
+    after: str | None = None,
+    deleted: UUID | None = None,
+) -> Response:
+    user = await only_user(runtime, user_id or None)
+    asked = {name: request.query_params.get(name) for name in ("user_id", "from", "to", "status", "words")}
+    state = {name: value for name, value in asked.items() if value}
+    found: list[ChatSession] = []
+    hits: list[tuple[Hit, list[tuple[str, bool]]]] = []
+    following: str | None = None
+    searched_from = None
+    partial = False
+    if words.strip() and runtime.database is not None:
+        page, searched_from = await search_page(
+            runtime,
+            request.app.state.searches,
+            words,
+            since=since,
+            until=until,
+            after=after,
+            user_id=user,
+            limit=SESSIONS_OF_PAGE,
+        )
+        hits = [(hit, list(marked(hit))) for hit in page.hits]
+        partial = page.partial
+        following = search_cursor(searched_from, page.next) if page.next is not None else None
+    elif runtime.database is not None:
+        listed, place = await browse_sessions(
+            runtime.database,
+            user_id=user,
+            since=since,
+            until=until,
+            status=status,
+            ttl_seconds=runtime.settings.session_ttl_seconds,
+            limit=SESSIONS_OF_PAGE,
+            after=await cursor_of(after),
+        )
+        found, following = list(listed), cursor_text(place) if place is not None else None
+    elif user is not None:
+        answer = await runtime.store.list_sessions(
+            user, status=status, limit=SESSIONS_OF_PAGE, after=await cursor_of(after)
+        )
+        found = list(answer.sessions)
+        following = cursor_text(answer.next) if answer.next is not None else None
+    return render(
+        request,
+        "sessions.html",
+        archive=runtime.database is not None,
+        default_days=DEFAULT_RANGE.days,
+        deleted=deleted,
+        first=f"/sessions?{urlencode(state)}",
+        following=f"/sessions?{urlencode({**state, 'after': following})}" if following else None,
+        hits=hits,
+        paged=after is not None,
+        partial=partial,
+        searched=bool(words.strip()),
+        searched_from=searched_from,
+        sessions=found,
+        state=state,
+        wanted=status,
+    )
+
+
+def marked(hit: Hit) -> Iterator[tuple[str, bool]]:
+    """The snippet in pieces, each with whether it is a hit."""
+    end = 0
+    for begin, until in hit.marks:
+        yield hit.snippet[end:begin], False
+        yield hit.snippet[begin:until], True
+        end = until
+    yield hit.snippet[end:], False
+
+
+# A transcript
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shown:
+    """A message as it is shown: `text` may be its beginning only."""
+
+    message: Message
+    text: str
+    sources: Sequence[str]
+    processing_time_ms: float | None
+
+    @classmethod
+    def of(cls, message: Message, *, whole: bool = False) -> "Shown":
+        metadata = json.loads(message.metadata)
+        sources, took = metadata.get("sources"), metadata.get("processing_time_ms")
+        return cls(
+            message=message,
+            text=message.content if whole else message.content[:CHARACTERS_SHOWN],
+            sources=tuple(map(_source, sources)) if isinstance(sources, list) else (),
+            # True is an int of Python's.
+            processing_time_ms=took if isinstance(took, int | float) and not isinstance(took, bool) else None,
+        )
+
+    @property
+    def is_cut(self) -> bool:
+        return len(self.text) < len(self.message.content)
+
+
+def _source(source: object) -> str:
+    return source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InRedis:
+    """What stands in Redis. `state`: trusted, stale (compared with PostgreSQL at the next read), owner, guide, foreign."""
+
+    state: str
+    ttl_seconds: int
+    size_bytes: int
+    messages: int | None = None
+
+
+async def in_redis(runtime: Runtime, session_id: UUID) -> InRedis | str:
+    """Looks without touching the time to live. `none`: nothing there; `out`: no answer; `unused`: there is no Redis."""
+    if runtime.redis is None:
+        return "unused"
+    try:
+        found = await find_session(runtime.redis, session_id)
+    except CacheOutage:
+        return "out"
+    if not found.there:
+        return "none"
+    return InRedis(
+        state=_standing(runtime, found.value),
+        ttl_seconds=found.ttl_seconds,
+        size_bytes=found.size_bytes,
+        messages=found.value.session.message_count - found.value.first_seq + 1
+        if isinstance(found.value, Entry)
+        else None,
+    )
+
+
+def _standing(runtime: Runtime, value: object) -> str:
+    if isinstance(value, GuideEntry):
+        return "guide"
+    if not isinstance(value, Entry):
+        return "foreign"
+    if value.owner == "redis":
+        return "owner"
+    state = runtime.stores.lease.current() if runtime.stores is not None else None
+    return "trusted" if state is not None and value.epoch == state.epoch and not value.dirty else "stale"
+
+
+@router.get("/sessions/{session_id}")
+async def transcript(
+    request: Request,
+    runtime: Served,
+    session_id: SessionId,
+    before: Seq = None,
+    at: Seq = None,
+    whole: Seq = None,
+) -> Response:
+    """The newest messages; `before` one; or those around `at`. `whole` is shown whatever its length."""
+    # Before the history: that read slides the time to live.
+    redis = await in_redis(runtime, session_id)
+    if at is not None:
+        before = min(at + MESSAGES_OF_PAGE // 2, SEQ_MAX)
+    history = await runtime.store.read_history(session_id, max_messages=MESSAGES_OF_PAGE, before_seq=before)
+    messages = [Shown.of(one, whole=one.seq == whole) for one in history.messages]
+    last = messages[-1].message.seq if messages else 0
+    newer = last + MESSAGES_OF_PAGE + 1 if last < history.session.message_count else None
+    return render(
+        request,
+        "transcript.html",
+        at=at,
+        history=history,
+        last=last,
+        messages=messages,
+        newer=newer,
+        older=history.next_before_seq,
+        postgres=runtime.database is not None,
+        redis=redis,
+        session=history.session,
+    )
+
+
+# Deletion
+
+
+@router.get("/sessions/{session_id}/delete")
+async def ask_to_delete(request: Request, runtime: Served, session_id: SessionId) -> Response:
+    read = await runtime.store.get_session(session_id)
+    return render(request, "delete.html", session=read.session)
+
+
+@router.post("/sessions/{session_id}/delete")
+async def delete(request: Request, runtime: Served, session_id: SessionId) -> Response:
+    _refuse_other_sites(request)
+    await runtime.store.delete_session(session_id)
+    return RedirectResponse(f"/sessions?deleted={session_id}", HTTPStatus.SEE_OTHER)
+
+
+def _refuse_other_sites(request: Request) -> None:
+    """A page of somebody else's could post this form: browsers say whose page it was (Fetch Metadata, or Origin)."""
+    site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
+    ours = urlsplit(origin).netloc == request.headers.get("host") if origin is not None else True
+    if site not in {None, "same-origin", "none"} or not ours:
+        raise RequestRefused(
+            "cross_site",
+            "header.Origin: this is deleted from a page of this service only, or by the API's DELETE",
+            status=HTTPStatus.FORBIDDEN,
+        )

@@ -1,0 +1,353 @@
+"""`/sessions`, transcripts, their deletion, and `/`: what they show is what is stored, and never anything but text."""
+
+import json
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+from redis.asyncio import Redis
+
+from app.analytics.browse import browse_sessions
+from app.chat import utc_now
+from app.errors import DurableStoreUnavailable
+from app.redis_sessions.keys import session_key
+from app.web.sessions import CHARACTERS_SHOWN, MESSAGES_OF_PAGE, SESSIONS_OF_PAGE
+from tests.integration.api_client import UNKNOWN, assert_problem, empty_stores, for_mode, open_api
+from tests.integration.test_pages import LOOKING, Html
+
+pytestmark = pytest.mark.anyio
+
+HOSTILE = '<script>alert("điều kiện")</script>\u202eevil\x1b[31m<img src=x onerror=alert(1)>'
+
+
+@pytest.fixture(scope="module")
+async def settings(servers, database_url):
+    return await empty_stores(servers, database_url)
+
+
+@pytest.fixture(scope="module")
+async def api(settings):
+    async with open_api(settings, redis_timeout_ms=10_000) as api:
+        yield api
+
+
+async def page(api, path, status=200):
+    answer = await api.get(path, headers=LOOKING)
+    assert answer.status_code == status, answer.text
+    return answer.text, Html(answer.text)
+
+
+def id_of(session):
+    return session.rpartition("/")[2]
+
+
+def links(html):
+    return [one["href"] for one in html.of("a")]
+
+
+# The list
+
+
+async def test_sessions_of_everybody_are_listed_newest_first_in_pages(api, database_url):
+    made = [id_of(await api.new_session(f"list{index % 3}")) for index in range(SESSIONS_OF_PAGE + 5)]
+    listed, path = [], "/sessions?user_id="
+    while path:
+        _, html = await page(api, path)
+        listed += [one.rpartition("/")[2] for one in links(html) if one.startswith("/sessions/")]
+        path = next((one["href"] for one in html.of("a") if one.get("rel") == "next"), None)
+
+    ours = [one for one in listed if one in set(made)]
+    assert ours == made[::-1]
+    assert len(listed) == len(set(listed))
+
+
+async def test_a_list_is_of_one_user_one_time_and_one_status(api):
+    mine = id_of(await api.new_session("Hà Nội"))
+    today = utc_now().date()
+
+    for query in (
+        "?user_id=H%C3%A0+N%E1%BB%99i",
+        f"?user_id=H%C3%A0+N%E1%BB%99i&from={today - timedelta(days=1)}&to={today + timedelta(days=1)}&status=active",
+    ):
+        _, html = await page(api, f"/sessions{query}")
+        assert [one for one in links(html) if one.startswith("/sessions/")] == [f"/sessions/{mine}"]
+    for query in ("&status=archived", f"&to={today}", f"&from={today + timedelta(days=1)}"):
+        _, html = await page(api, f"/sessions?user_id=H%C3%A0+N%E1%BB%99i{query}")
+        assert "No session is like that" in html.text
+
+
+async def test_words_lead_to_the_message_that_says_them(api):
+    session = await api.new_session("searcher")
+    await api.record(session, "trước", "Điều kiện tham gia đấu thầu?", HOSTILE)
+    source, html = await page(
+        api, "/sessions?words=%22dieu+kien+tham%22&user_id=searcher&status=all&from=&to="
+    )
+
+    assert f"/sessions/{id_of(session)}?at=2#m-2" in links(html)
+    assert "<mark>Điều kiện tham</mark>" in source
+    _, html = await page(api, "/sessions?words=khongcogi&user_id=searcher")
+    assert "No message says that" in html.text
+    source, html = await page(api, "/sessions?words=evil&user_id=searcher")
+    assert "<img" not in source
+    assert "<script>alert" not in source
+    assert "onerror=alert(1)" in html.text
+
+
+@pytest.mark.parametrize(
+    ("query", "named"),
+    [
+        ("?from=yesterday", "query.from"),
+        ("?after=1.2.3", "query.after"),
+        ("?status=gone", "query.status"),
+        ("?words=a", "query.q"),
+        ("?words=ab&after=x", "query.after"),
+        ("?words=ab&from=2020-01-01", "query.from"),
+    ],
+)
+async def test_a_list_that_can_not_be_is_refused_by_name(api, query, named):
+    _, html = await page(api, f"/sessions{query}", status=422)
+
+    assert named in html.text
+
+
+async def test_without_a_database_a_list_is_one_users(settings):
+    async with open_api(for_mode(settings, "redis-only")) as api:
+        _, html = await page(api, "/sessions")
+        assert "Whose sessions?" in html.text
+        session = await api.new_session("redis user")
+        await api.record(session, "still here")
+        _, html = await page(api, "/sessions?user_id=redis+user")
+        assert f"/sessions/{id_of(session)}" in links(html)
+        _, html = await page(api, f"/sessions/{id_of(session)}")
+        assert "PostgreSQL Not used Redis Owned by Redis" in html.text
+        assert "still here" in html.text
+
+
+async def test_a_page_of_the_list_is_one_look_at_the_index(api):
+    async with api.runtime.database.core() as conn:
+        await conn.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        plan = await conn.exec_driver_sql(
+            "EXPLAIN SELECT session_id FROM chat.chat_sessions WHERE (created_at, session_id) < (now(), "
+            "'ffffffff-ffff-ffff-ffff-ffffffffffff') ORDER BY created_at DESC, session_id DESC LIMIT 51"
+        )
+        text = "\n".join(row[0] for row in plan)
+    assert "chat_sessions_created_at_idx" in text
+    assert "Sort" not in text
+
+
+async def test_a_place_in_the_list_gives_nothing_twice_when_sessions_are_made_meanwhile(api):
+    async def browse(after=None):
+        return await browse_sessions(
+            api.runtime.database, user_id="keyset", ttl_seconds=3600, limit=2, after=after
+        )
+
+    made = [id_of(await api.new_session("keyset")) for _ in range(3)]
+    first, place = await browse()
+    await api.new_session("keyset")
+    second, end = await browse(place)
+
+    assert [str(one.session_id) for one in (*first, *second)] == made[::-1]
+    assert end is None
+
+
+# A transcript
+
+
+async def test_a_transcript_says_who_said_what_and_where_it_lives(api):
+    session = await api.new_session("An")
+    answer = {
+        "role": "assistant",
+        "content": "Có ba.",
+        "metadata": {"processing_time_ms": 1250, "sources": ["Điều 5", {"a": 1}]},
+    }
+    body = {"messages": [{"role": "user", "content": "Điều kiện?"}, answer]}
+    await api.post(f"{session}/history", json=body)
+    await api.get(f"{session}/history")
+    _, html = await page(api, f"/sessions/{id_of(session)}")
+
+    assert "User" in html.text
+    assert "took 1.2 s" in html.text or "took 1.3 s" in html.text
+    assert 'Sources: 2 Điều 5 {"a": 1}' in html.text
+    assert "PostgreSQL All of it Redis Trusted copy Held there the newest 2 of 2" in html.text
+    assert [one for one in html.elements if "data-countdown" in one[1]]
+    assert {"m-1", "m-2"} <= {one.get("id") for one in html.of("article")}
+
+
+async def test_a_look_at_redis_tells_how_long_it_lives_before_it_is_read(api, redis_of):
+    session = await api.new_session("An")
+    await api.record(session, "a")
+    key = session_key(id_of(session))
+    await redis_of.pexpire(key, 100_000)
+    _, html = await page(api, f"/sessions/{id_of(session)}")
+    shown = next(
+        attributes["data-countdown"] for _, attributes in html.elements if "data-countdown" in attributes
+    )
+    assert 90 < int(shown) <= 100
+
+    await redis_of.delete(key)
+    _, html = await page(api, f"/sessions/{id_of(session)}")
+    assert "Redis Not now" in html.text
+    # That look has filled it.
+    await redis_of.delete(key)
+    await redis_of.lpush(key, "a")
+    _, html = await page(api, f"/sessions/{id_of(session)}")
+    assert "Redis Something else" in html.text
+    await redis_of.delete(key)
+
+
+@pytest.fixture
+async def redis_of(servers, anyio_backend):
+    async with Redis.from_url(servers.redis_url, db=1) as redis:
+        yield redis
+
+
+async def test_a_long_transcript_is_read_page_by_page_and_around_a_message(api):
+    session = await api.new_session("long")
+    for first in range(0, 300, 100):
+        await api.record(session, *(f"message {first + index + 1}." for index in range(100)))
+    path = f"/sessions/{id_of(session)}"
+
+    def seqs(html):
+        return [int(one["id"].removeprefix("m-")) for one in html.of("article")]
+
+    _, html = await page(api, path)
+    assert seqs(html) == list(range(251, 301))
+    read = seqs(html)
+    while older := next((one["href"] for one in html.of("a") if one.get("rel") == "prev"), None):
+        _, html = await page(api, older)
+        read = seqs(html) + read
+    assert read == list(range(1, 301))
+    newer = next(one["href"] for one in html.of("a") if one.get("rel") == "next")
+    _, html = await page(api, newer)
+    assert seqs(html) == list(range(51, 101))
+
+    source, html = await page(api, f"{path}?at=120")
+    assert len(seqs(html)) == MESSAGES_OF_PAGE
+    assert 120 in seqs(html)
+    assert source.count("message-marked") == 1
+    assert "message 120." in html.text
+
+
+async def test_a_huge_message_is_cut_and_can_be_had_whole(api):
+    session = await api.new_session("huge")
+    await api.record(session, "x" * CHARACTERS_SHOWN, "y" * (CHARACTERS_SHOWN + 1))
+    source, html = await page(api, f"/sessions/{id_of(session)}")
+    assert "x" * CHARACTERS_SHOWN in source
+    assert "y" * (CHARACTERS_SHOWN + 1) not in source
+    [whole] = [one["href"] for one in html.of("a") if "whole=2" in one["href"]]
+    source, _ = await page(api, whole)
+    assert "y" * (CHARACTERS_SHOWN + 1) in source
+
+
+@pytest.mark.parametrize("path", ["/sessions/{id}", "/?user={user}&session={id}"])
+async def test_hostile_words_are_only_ever_text(api, path):
+    session = await api.new_session("<b>bold</b>")
+    body = {"messages": [{"role": "assistant", "content": HOSTILE, "metadata": {"sources": [HOSTILE]}}]}
+    await api.post(f"{session}/history", json=body)
+    source, html = await page(api, path.format(id=id_of(session), user="%3Cb%3Ebold%3C/b%3E"))
+
+    assert "<img" not in source
+    assert "<b>" not in source
+    assert all("src" in one or one["type"] == "application/json" for one in html.of("script"))
+    assert html.text.count("onerror=alert(1)") == 2
+    assert any(one.get("dir") == "auto" for one in html.of("div"))
+
+
+async def test_a_session_that_there_is_not_is_a_page_that_says_so(api):
+    for path in (f"/sessions/{UNKNOWN}", f"/sessions/{UNKNOWN}/delete", f"/?session={UNKNOWN}"):
+        _, html = await page(api, path, status=404)
+        assert "There is nothing here" in html.text
+    assert_problem(await api.get(f"/sessions/{UNKNOWN}"), 404, "session_not_found")
+
+
+async def test_while_postgresql_is_out_a_cached_transcript_is_shown_and_labelled(api, monkeypatch):
+    session = await api.new_session("outage")
+    await api.record(session, "cached words")
+    read = await api.runtime.store.read_history(UUID(id_of(session)), max_messages=50)
+    unverified = type(read.freshness)(age_seconds=4.2)
+
+    async def cached(*_, **__):
+        return type(read)(
+            session=read.session, first_seq=1, body=read.body, source="redis", freshness=unverified
+        )
+
+    async def out(*_, **__):
+        raise DurableStoreUnavailable("PostgreSQL can't be reached")
+
+    monkeypatch.setattr(api.runtime.store, "read_history", cached)
+    monkeypatch.setattr(api.runtime.store, "list_sessions", out)
+    _, html = await page(api, f"/sessions/{id_of(session)}")
+    assert (
+        "PostgreSQL does not answer. This is what Redis holds; it was known to be current 4.2 s ago."
+        in html.text
+    )
+    _, html = await page(api, f"/?user=outage&session={id_of(session)}")
+    assert "cached words" in html.text
+    assert "They can't be listed now" in html.text
+
+
+# Deletion
+
+
+async def test_a_session_is_deleted_after_a_question_and_from_a_page_of_ours_only(api):
+    session = await api.new_session("delete me")
+    await api.record(session, "a", "b")
+    path = f"/sessions/{id_of(session)}/delete"
+    _, html = await page(api, path)
+    assert "Delete this session?" in html.text
+    assert "Messages 2" in html.text
+
+    for headers in (
+        {"Sec-Fetch-Site": "cross-site"},
+        {"Sec-Fetch-Site": "same-site"},
+        {"Origin": "http://evil.test"},
+    ):
+        refused = await api.post(path, headers=LOOKING | headers)
+        assert refused.status_code == 403
+    assert await api.message_count(session) == 2
+
+    done = await api.post(
+        path, headers=LOOKING | {"Sec-Fetch-Site": "same-origin", "Origin": "http://chat.test"}
+    )
+    assert done.status_code == 303
+    _, html = await page(api, done.headers["location"])
+    assert f"Deleted from both stores: {id_of(session)}" in html.text
+    assert (await api.get(session)).status_code == 404
+
+
+# The chat
+
+
+async def test_the_chat_shows_what_was_said_and_past_sessions_of_the_user(api):
+    session = await api.new_session("chatter")
+    await api.post(f"{session}/messages", json={"message": "Xin chào"})
+    other = await api.new_session("chatter")
+    _, html = await page(api, f"/?user=chatter&session={id_of(session)}")
+
+    assert "Xin chào" in html.text
+    assert "heard: Xin chào" in html.text
+    past = [one for one in links(html) if one.startswith("/?user=chatter&session=") and "lang=" not in one]
+    assert past == [f"/?user=chatter&session={id_of(other)}", f"/?user=chatter&session={id_of(session)}"]
+    chat = next(attributes for _, attributes in html.elements if "data-chat" in attributes)
+    assert (chat["data-user"], chat["data-session"]) == ("chatter", id_of(session))
+    fragment = await api.get(f"/chat/past?user=chatter&session={id_of(other)}")
+    assert "<html" not in fragment.text
+    assert id_of(other) in fragment.text
+
+
+async def test_a_session_of_somebody_else_is_none(api):
+    session = await api.new_session("owner")
+
+    await page(api, f"/?user=thief&session={id_of(session)}", status=404)
+
+
+async def test_who_says_nothing_is_a_guest_and_begins_anew(api):
+    _, html = await page(api, "/")
+
+    assert (
+        next(attributes for _, attributes in html.elements if "data-chat" in attributes)["data-user"]
+        == "guest"
+    )
+    assert "Ask something" in html.text
+    words = next(one for one in html.words if one.strip().startswith('{"'))
+    assert json.loads(words)["resend"] == "Send again"
