@@ -8,6 +8,7 @@ from fastapi import Query, Request, Response
 from app.api.requests import Served, only_user
 from app.errors import Unavailable
 from app.store import History, SessionPage
+from app.web.forms import UserId
 from app.web.frame import page_router, render
 from app.web.languages import language_of
 from app.web.sessions import Shown
@@ -24,15 +25,14 @@ _SESSIONS_SHOWN = 20
 #: What the script says, by its name there.
 _WORDS = ("thinking", "slow", "failed", "resend", "unreachable", "took", "sources")
 
-User = Annotated[str, Query(max_length=256)]
 Session = Annotated[UUID | None, Query()]
 
 
 @router.get("/")
-async def chat(request: Request, runtime: Served, user: User = "", session: Session = None) -> Response:
+async def chat(request: Request, runtime: Served, user_id: UserId = "", session: Session = None) -> Response:
     """A session of a user, or the beginning of one. Raises `SessionNotFound` for one of somebody else."""
     language = language_of(request)
-    whose = await only_user(runtime, user or None) or GUEST
+    whose = await only_user(runtime, user_id or None) or GUEST
     history: History | None = None
     if session is not None:
         history = await runtime.store.read_history(session, max_messages=_MESSAGES_SHOWN, user_id=whose)
@@ -50,9 +50,9 @@ async def chat(request: Request, runtime: Served, user: User = "", session: Sess
 
 
 @router.get("/chat/past")
-async def past(request: Request, runtime: Served, user: User = "", session: Session = None) -> Response:
+async def past(request: Request, runtime: Served, user_id: UserId = "", session: Session = None) -> Response:
     """The list at the side, for the script: a session that was just begun is in it."""
-    whose = await only_user(runtime, user or None) or GUEST
+    whose = await only_user(runtime, user_id or None) or GUEST
     return render(request, "chat_past.html", past=await _past(runtime, whose), session=session, user=whose)
 
 

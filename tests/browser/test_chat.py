@@ -1,5 +1,6 @@
 """`/` for whoever talks there."""
 
+import asyncio
 from uuid import UUID
 
 import asyncpg
@@ -7,6 +8,7 @@ import pytest
 from redis.asyncio import Redis
 
 from tests.browser.conftest import LOOKS, check_page
+from tests.integration.api_client import serving
 
 pytestmark = pytest.mark.anyio
 
@@ -28,7 +30,7 @@ async def said(page):
 
 @pytest.mark.parametrize("look", LOOKS, ids=str)
 async def test_the_page_is_well_in_every_look(open_page, look):
-    page = await open_page("/?user=look", look)
+    page = await open_page("/?user_id=look", look)
     await check_page(page, look)
 
     await say(page, HOSTILE)
@@ -39,7 +41,7 @@ async def test_the_page_is_well_in_every_look(open_page, look):
 
 
 async def test_an_answer_that_shows_is_in_both_stores(open_page, server_settings):
-    page = await open_page("/?user=both")
+    page = await open_page("/?user_id=both")
     await say(page, "Xin chào")
     await page.get_by_text("heard: Xin chào").wait_for()
     session = UUID(page.url.rpartition("session=")[2])
@@ -58,7 +60,7 @@ async def test_an_answer_that_shows_is_in_both_stores(open_page, server_settings
 
 @pytest.mark.usefixtures("complaints_expected")
 async def test_what_was_cut_off_after_it_was_stored_is_sent_again_and_not_doubled(open_page):
-    page = await open_page("/?user=cut")
+    page = await open_page("/?user_id=cut")
 
     async def cut(route):
         await route.fetch()
@@ -75,7 +77,7 @@ async def test_what_was_cut_off_after_it_was_stored_is_sent_again_and_not_double
 
 
 async def test_two_enters_are_one_message_and_shift_enter_breaks_the_line(open_page):
-    page = await open_page("/?user=twice")
+    page = await open_page("/?user_id=twice")
     box = page.get_by_role("textbox", name="Your message")
     await box.fill("a")
     await page.keyboard.press("Shift+Enter")
@@ -89,7 +91,7 @@ async def test_two_enters_are_one_message_and_shift_enter_breaks_the_line(open_p
 
 
 async def test_without_scripts_the_transcript_is_there_and_nothing_can_be_sent(open_page):
-    page = await open_page("/?user=reads")
+    page = await open_page("/?user_id=reads")
     await say(page, "hello")
     await page.get_by_text("heard: hello").wait_for()
 
@@ -97,3 +99,77 @@ async def test_without_scripts_the_transcript_is_there_and_nothing_can_be_sent(o
     assert await page.get_by_text("heard: hello").is_visible()
     assert await page.get_by_role("textbox", name="Your message").is_disabled()
     assert await page.locator("noscript").count() == 1
+
+
+@pytest.fixture
+async def failing(browser, server_settings):
+    """A page of a service whose assistant fails the first time."""
+    with serving(server_settings, assistant="fails_once") as port:
+        context = await browser.new_context(base_url=f"http://127.0.0.1:{port}")
+        yield await context.new_page()
+        await context.close()
+
+
+async def test_a_failed_answer_is_shown_for_what_it_is_and_asked_for_again(failing):
+    await failing.goto("/?user_id=fails")
+    await say(failing, "once")
+    failure = failing.locator(".message-failed .failure")
+    await failure.wait_for()
+    assert "the assistant failed" in (await failure.inner_text()).lower()
+    assert await said(failing) == ["once"]
+
+    await failing.get_by_role("button", name="Send again").click()
+    await failing.get_by_text("heard: once").wait_for()
+    assert await failing.locator(".failure").count() == 0
+    assert await said(failing) == ["once", "heard: once"]
+
+
+async def test_a_slow_answer_says_how_long_it_has_been_thought_about(open_page):
+    page = await open_page("/?user_id=slow")
+    await page.clock.install()
+    answer = asyncio.Event()
+
+    async def late(route):
+        await answer.wait()
+        await route.continue_()
+
+    await page.route(MESSAGES, late)
+    await say(page, "slow")
+    await page.get_by_text("Thinking…").wait_for()
+    await page.clock.run_for(7_000)
+    await page.get_by_text("Still thinking, for 7 s…").wait_for()
+    assert await page.get_by_role("button", name="Send").is_disabled()
+    answer.set()
+    await page.get_by_text("heard: slow").wait_for()
+    assert not await page.get_by_text("Still thinking").is_visible()
+
+
+async def test_the_enter_of_an_input_method_chooses_a_word_and_sends_nothing(open_page):
+    page = await open_page("/?user_id=ime")
+    box = page.get_by_role("textbox", name="Your message")
+    await box.fill("Điều ki")
+    await box.dispatch_event("keydown", {"key": "Enter", "isComposing": True})
+
+    assert await box.input_value() == "Điều ki"
+    assert await page.locator("article.message").count() == 0
+
+
+async def test_a_session_that_was_just_begun_stands_at_the_side_and_can_be_left_and_found_again(open_page):
+    page = await open_page("/?user_id=side")
+    assert await page.get_by_text("None yet.").is_visible()
+    await say(page, "first")
+    await page.locator("#past a[aria-current]").get_by_text("2 messages").wait_for()
+    await page.get_by_role("link", name="New chat").click()
+    assert await page.get_by_text("Ask something").is_visible()
+    await page.locator("#past a").first.click()
+    await page.get_by_text("heard: first").wait_for()
+
+
+async def test_on_a_phone_past_sessions_are_folded_and_the_box_is_in_reach(open_page):
+    page = await open_page("/?user_id=phone", LOOKS[1])
+    await say(page, "hello")
+    await page.get_by_text("heard: hello").wait_for()
+
+    assert not await page.locator("#past").is_visible()
+    box = await page.get_by_role("textbox", name="Your message").bounding_box()
+    assert box["y"] + box["height"] <= 844

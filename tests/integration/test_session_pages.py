@@ -239,7 +239,7 @@ async def test_a_huge_message_is_cut_and_can_be_had_whole(api):
     assert "y" * (CHARACTERS_SHOWN + 1) in source
 
 
-@pytest.mark.parametrize("path", ["/sessions/{id}", "/?user={user}&session={id}"])
+@pytest.mark.parametrize("path", ["/sessions/{id}", "/?user_id={user}&session={id}"])
 async def test_hostile_words_are_only_ever_text(api, path):
     session = await api.new_session("<b>bold</b>")
     body = {"messages": [{"role": "assistant", "content": HOSTILE, "metadata": {"sources": [HOSTILE]}}]}
@@ -281,7 +281,7 @@ async def test_while_postgresql_is_out_a_cached_transcript_is_shown_and_labelled
         "PostgreSQL does not answer. This is what Redis holds; it was known to be current 4.2 s ago."
         in html.text
     )
-    _, html = await page(api, f"/?user=outage&session={id_of(session)}")
+    _, html = await page(api, f"/?user_id=outage&session={id_of(session)}")
     assert "cached words" in html.text
     assert "They can't be listed now" in html.text
 
@@ -322,15 +322,18 @@ async def test_the_chat_shows_what_was_said_and_past_sessions_of_the_user(api):
     session = await api.new_session("chatter")
     await api.post(f"{session}/messages", json={"message": "Xin chào"})
     other = await api.new_session("chatter")
-    _, html = await page(api, f"/?user=chatter&session={id_of(session)}")
+    _, html = await page(api, f"/?user_id=chatter&session={id_of(session)}")
 
     assert "Xin chào" in html.text
     assert "heard: Xin chào" in html.text
-    past = [one for one in links(html) if one.startswith("/?user=chatter&session=") and "lang=" not in one]
-    assert past == [f"/?user=chatter&session={id_of(other)}", f"/?user=chatter&session={id_of(session)}"]
+    past = [one for one in links(html) if one.startswith("/?user_id=chatter&session=") and "lang=" not in one]
+    assert past == [
+        f"/?user_id=chatter&session={id_of(other)}",
+        f"/?user_id=chatter&session={id_of(session)}",
+    ]
     chat = next(attributes for _, attributes in html.elements if "data-chat" in attributes)
     assert (chat["data-user"], chat["data-session"]) == ("chatter", id_of(session))
-    fragment = await api.get(f"/chat/past?user=chatter&session={id_of(other)}")
+    fragment = await api.get(f"/chat/past?user_id=chatter&session={id_of(other)}")
     assert "<html" not in fragment.text
     assert id_of(other) in fragment.text
 
@@ -338,7 +341,7 @@ async def test_the_chat_shows_what_was_said_and_past_sessions_of_the_user(api):
 async def test_a_session_of_somebody_else_is_none(api):
     session = await api.new_session("owner")
 
-    await page(api, f"/?user=thief&session={id_of(session)}", status=404)
+    await page(api, f"/?user_id=thief&session={id_of(session)}", status=404)
 
 
 async def test_who_says_nothing_is_a_guest_and_begins_anew(api):

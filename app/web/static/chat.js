@@ -63,7 +63,7 @@
     turn.answer.scrollIntoView({ block: "nearest" });
   }
 
-  const state = () => new URLSearchParams({ user, session });
+  const state = () => new URLSearchParams({ user_id: user, session });
 
   function keepInAddress() {
     history.replaceState(null, "", `/?${state()}`);
