@@ -100,6 +100,7 @@ def _announce(settings: Settings, embedded: "EmbeddedServers | None", host: str,
     shown = f"[{host}]" if ":" in host else host
     address = f"http://{'localhost' if host in {'127.0.0.1', '0.0.0.0', '::'} else shown}:{port}"  # noqa: S104 - compared, not bound
     lines = [
+        *([("pages", address)] if settings.enable_pages else []),
         ("API", f"{address}/api/chat"),
         ("docs", f"{address}/docs"),
         ("health", f"{address}/health/ready"),

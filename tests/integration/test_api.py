@@ -1213,7 +1213,13 @@ class TestHealth:
 class TestWhatIsNotThere:
     @pytest.mark.parametrize(
         "path",
-        ["/", "/api/chat", "/api/chat/messages", f"{SESSIONS}/{UNKNOWN}/nothing", "/docs/assets/none.js"],
+        [
+            "/nothing",
+            "/api/chat",
+            "/api/chat/messages",
+            f"{SESSIONS}/{UNKNOWN}/nothing",
+            "/docs/assets/none.js",
+        ],
     )
     async def test_an_unknown_path_is_a_problem_document(self, api, path):
         assert_problem(await api.get(path), 404, "not_found")

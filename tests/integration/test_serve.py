@@ -115,6 +115,7 @@ def is_open(port):
 
 def test_the_service_answers_where_the_banner_says(service):
     assert httpx.get(service.banner["docs"]).status_code == 200
+    assert "Chat sessions" in httpx.get(service.banner["pages"]).text
     ready = httpx.get(service.banner["health"]).json()
     assert (ready["status"], ready["mode"], ready["embedded"]) == ("pass", "hybrid", True)
     with service.client() as client:
@@ -197,7 +198,7 @@ def test_a_database_at_another_revision_is_refused_with_the_command_to_run(folde
     assert "the database is at schema revision none" in line
     assert "run `chat-sessions migrate`" in line
     assert (ready["status"], ready["embedded"]) == ("pass", False)
-    assert set(service.banner) == {"API", "docs", "health"}
+    assert set(service.banner) == {"pages", "API", "docs", "health"}
 
 
 def test_a_start_that_is_refused_stops_the_servers_that_it_had_started(data_dir, folder):
