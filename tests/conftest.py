@@ -16,6 +16,9 @@ from tests.databases import empty, forget_state, migrate, new_database
 from tests.servers import Servers, announcement, choose, open_servers
 from tests.stores import trust
 
+# Its assertions explain themselves like those of any test module, whoever imports it first.
+pytest.register_assert_rewrite("tests.contract.suite")
+
 servers_key = pytest.StashKey[str]()
 
 

@@ -312,6 +312,10 @@ TEXTS: Mapping[str, tuple[str, str]] = {
         "Without a day to begin with, {days} days are searched.",
         "Nếu không chọn ngày bắt đầu, chỉ tìm trong {days} ngày.",
     ),
+    "sessions.searched.status": (
+        "Words are searched for in sessions of every status.",
+        "Từ được tìm trong các phiên ở mọi trạng thái.",
+    ),
     "sessions.no_hits": ("No message says that", "Không có tin nhắn nào như vậy"),
     "sessions.no_hits.advice": (
         "All words must occur, whole, in any order. Try an earlier day to begin with.",

@@ -228,6 +228,24 @@ async def test_a_long_transcript_is_read_page_by_page_and_around_a_message(api):
     assert "message 120." in html.text
 
 
+async def test_a_transcript_of_100_000_messages_is_50_at_a_time_wherever_one_looks(settings):
+    async with open_api(
+        settings, append_messages_max=10_000, request_body_bytes_max=8 * 2**20, redis_timeout_ms=10_000
+    ) as api:
+        session = await api.new_session("endless")
+        for first in range(0, 100_000, 10_000):
+            await api.record(session, *(f"{first + index + 1}." for index in range(10_000)))
+        for query, seqs in (
+            ("", range(99_951, 100_001)),
+            ("?before=51", range(1, 51)),
+            ("?at=60000", range(59_975, 60_025)),
+        ):
+            _, html = await page(api, f"/sessions/{id_of(session)}{query}")
+            assert [one["id"] for one in html.of("article")] == [f"m-{seq}" for seq in seqs]
+        assert "60000." in html.text
+        await api.delete(session)
+
+
 async def test_a_huge_message_is_cut_and_can_be_had_whole(api):
     session = await api.new_session("huge")
     await api.record(session, "x" * CHARACTERS_SHOWN, "y" * (CHARACTERS_SHOWN + 1))
