@@ -25,6 +25,23 @@ async def new_database(servers: Servers, name: str) -> AsyncIterator[str]:
         await admin.close()
 
 
+@asynccontextmanager
+async def taken_away(servers: Servers, name: str) -> AsyncIterator[None]:
+    """An outage of a database of `new_database`: nobody can reach it until the end of the block."""
+    admin = await asyncpg.connect(servers.database_url)
+    try:
+        await admin.execute(
+            f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+        )
+        await admin.execute(f"ALTER DATABASE {name} RENAME TO {name}_away")
+        try:
+            yield
+        finally:
+            await admin.execute(f"ALTER DATABASE {name}_away RENAME TO {name}")
+    finally:
+        await admin.close()
+
+
 async def migrate(url: str, revision: str = "head") -> None:
     """In a thread: Alembic runs an event loop of its own."""
     await asyncio.to_thread(upgrade, url, revision)

@@ -23,6 +23,7 @@ from app.api.requests import Served, cursor_of, cursor_text, only_user
 from app.api.sessions import SEQ_MAX
 from app.chat import ChatSession, Message, SessionStatus
 from app.coherence.ports import CacheOutage, Entry, GuideEntry
+from app.errors import SessionNotFound
 from app.redis_sessions.inspect import find_session
 from app.web.forms import Since, Until, UserId
 from app.web.frame import page_router, render
@@ -100,7 +101,7 @@ async def sessions(
         "sessions.html",
         archive=runtime.database is not None,
         default_days=DEFAULT_RANGE.days,
-        deleted=deleted,
+        deleted=deleted if deleted is not None and await _is_gone(runtime, deleted) else None,
         first=f"/sessions?{urlencode(state)}",
         following=f"/sessions?{urlencode({**state, 'after': following})}" if following else None,
         hits=hits,
@@ -112,6 +113,15 @@ async def sessions(
         state=state,
         wanted=status,
     )
+
+
+async def _is_gone(runtime: Runtime, session_id: UUID) -> bool:
+    """Anybody can write an address."""
+    try:
+        await runtime.store.get_session(session_id)
+    except SessionNotFound:
+        return True
+    return False
 
 
 def marked(hit: Hit) -> Iterator[tuple[str, bool]]:
@@ -248,10 +258,15 @@ async def delete(request: Request, runtime: Served, session_id: SessionId) -> Re
 
 
 def _refuse_other_sites(request: Request) -> None:
-    """A page of somebody else's could post this form: browsers say whose page it was (Fetch Metadata, or Origin)."""
+    """A page of somebody else's could post this form: browsers say whose it was. Not by Origin where they say it by Fetch
+    Metadata: behind a proxy the service may know itself by another name than they do.
+    """
     site, origin = request.headers.get("sec-fetch-site"), request.headers.get("origin")
-    ours = urlsplit(origin).netloc == request.headers.get("host") if origin is not None else True
-    if site not in {None, "same-origin", "none"} or not ours:
+    if site is not None:
+        ours = site in {"same-origin", "none"}
+    else:
+        ours = origin is None or urlsplit(origin).netloc == request.headers.get("host")
+    if not ours:
         raise RequestRefused(
             "cross_site",
             "header.Origin: this is deleted from a page of this service only, or by the API's DELETE",

@@ -91,7 +91,7 @@ async def test_a_session_is_deleted_after_a_question(open_page, client):
     await page.get_by_role("link", name="Delete").click()
     await page.get_by_role("button", name="Delete for good").click()
 
-    await page.get_by_text("Deleted from both stores").wait_for()
+    await page.get_by_text("Deleted for good:").wait_for()
     assert (await client.get(f"/sessions/{made}")).status_code == 404
 
 

@@ -4,18 +4,16 @@ import asyncio
 import json
 import re
 import socket
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
-import asyncpg
 import pytest
 from redis.asyncio import Redis
 
 from app.application import create_app
 from app.chat import format_time, keyed_message_id, new_uuid, utc_now
 from app.postgres.schema import REVISION
-from tests.databases import migrate, new_database
+from tests.databases import migrate, new_database, taken_away
 from tests.factories import guide_value
 from tests.integration.api_client import (
     MODES,
@@ -1064,23 +1062,7 @@ class TestOutages:
     @pytest.fixture
     def postgresql_out(self, servers, own_database):
         """Takes the database away from everybody; gives it back at the end."""
-
-        @asynccontextmanager
-        async def out():
-            admin = await asyncpg.connect(servers.database_url)
-            try:
-                await admin.execute(
-                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = 'chat_api_outage'"
-                )
-                await admin.execute("ALTER DATABASE chat_api_outage RENAME TO chat_api_away")
-                try:
-                    yield
-                finally:
-                    await admin.execute("ALTER DATABASE chat_api_away RENAME TO chat_api_outage")
-            finally:
-                await admin.close()
-
-        return out
+        return lambda: taken_away(servers, "chat_api_outage")
 
     @pytest.mark.parametrize("mode", ["hybrid"], indirect=True)
     async def test_without_postgresql_writes_are_refused_and_cached_history_is_labelled(

@@ -1,17 +1,17 @@
 """`/sessions`, transcripts, their deletion, and `/`: what they show is what is stored, and never anything but text."""
 
+import asyncio
 import json
 from datetime import timedelta
-from uuid import UUID
 
 import pytest
 from redis.asyncio import Redis
 
 from app.analytics.browse import browse_sessions
 from app.chat import utc_now
-from app.errors import DurableStoreUnavailable
 from app.redis_sessions.keys import session_key
 from app.web.sessions import CHARACTERS_SHOWN, MESSAGES_OF_PAGE, SESSIONS_OF_PAGE
+from tests.databases import migrate, new_database, taken_away
 from tests.integration.api_client import UNKNOWN, assert_problem, empty_stores, for_mode, open_api
 from tests.integration.test_pages import LOOKING, Html
 
@@ -226,6 +226,10 @@ async def test_a_long_transcript_is_read_page_by_page_and_around_a_message(api):
     assert 120 in seqs(html)
     assert source.count("message-marked") == 1
     assert "message 120." in html.text
+    _, html = await page(api, f"{path}?at=301")
+    assert "There is no message #301." in html.text
+    _, html = await page(api, f"{path}?before=1")
+    assert f"{path}#said" in links(html)
 
 
 async def test_a_transcript_of_100_000_messages_is_50_at_a_time_wherever_one_looks(settings):
@@ -278,30 +282,27 @@ async def test_a_session_that_there_is_not_is_a_page_that_says_so(api):
     assert_problem(await api.get(f"/sessions/{UNKNOWN}"), 404, "session_not_found")
 
 
-async def test_while_postgresql_is_out_a_cached_transcript_is_shown_and_labelled(api, monkeypatch):
-    session = await api.new_session("outage")
-    await api.record(session, "cached words")
-    read = await api.runtime.store.read_history(UUID(id_of(session)), max_messages=50)
-    unverified = type(read.freshness)(age_seconds=4.2)
-
-    async def cached(*_, **__):
-        return type(read)(
-            session=read.session, first_seq=1, body=read.body, source="redis", freshness=unverified
-        )
-
-    async def out(*_, **__):
-        raise DurableStoreUnavailable("PostgreSQL can't be reached")
-
-    monkeypatch.setattr(api.runtime.store, "read_history", cached)
-    monkeypatch.setattr(api.runtime.store, "list_sessions", out)
-    _, html = await page(api, f"/sessions/{id_of(session)}")
-    assert (
-        "PostgreSQL does not answer. This is what Redis holds; it was known to be current 4.2 s ago."
-        in html.text
-    )
-    _, html = await page(api, f"/?user_id=outage&session={id_of(session)}")
-    assert "cached words" in html.text
-    assert "They can't be listed now" in html.text
+async def test_while_postgresql_is_out_a_cached_transcript_is_shown_and_labelled(settings, servers):
+    async with new_database(servers, "chat_pages_outage") as url:
+        await migrate(url)
+        async with open_api(settings, database_url=url) as api:
+            session = await api.new_session("outage")
+            await api.record(session, "cached words")
+            async with taken_away(servers, "chat_pages_outage"):
+                while api.runtime.stores.lease.current() is not None:  # noqa: ASYNC110 - time has no event of ours
+                    await asyncio.sleep(0.01)
+                _, html = await page(api, f"/sessions/{id_of(session)}")
+                assert "PostgreSQL does not answer. This is what Redis holds" in html.text
+                assert "PostgreSQL No answer Redis" in html.text
+                assert "cached words" in html.text
+                _, html = await page(api, f"/?user_id=outage&session={id_of(session)}")
+                assert "cached words" in html.text
+                assert "They can't be listed now" in html.text
+                for path in ("/sessions", "/sessions?words=cached", "/analytics", f"/sessions/{UNKNOWN}"):
+                    _, html = await page(api, path, status=503)
+                    assert "A store can't be reached" in html.text
+            _, html = await page(api, "/sessions")
+            assert f"/sessions/{id_of(session)}" in links(html)
 
 
 # Deletion
@@ -329,7 +330,7 @@ async def test_a_session_is_deleted_after_a_question_and_from_a_page_of_ours_onl
     )
     assert done.status_code == 303
     _, html = await page(api, done.headers["location"])
-    assert f"Deleted from both stores: {id_of(session)}" in html.text
+    assert f"Deleted for good: {id_of(session)}" in html.text
     assert (await api.get(session)).status_code == 404
 
 
