@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 
 from app.chat import ChatSession, SessionStatus, utc_now
 from app.postgres.engine import Database
@@ -28,6 +28,28 @@ async def browse_sessions(
     Keyset: nothing is given twice when sessions are made meanwhile, and page 10,000 costs what the first one does.
     Active: created or appended to within `ttl_seconds`.
     """
+    asked, values = listing(
+        user_id=user_id, since=since, until=until, status=status, ttl_seconds=ttl_seconds, after=after
+    )
+    async with database.core() as conn:
+        rows = (await conn.execute(asked, values | {"limit": limit + 1})).all()
+    sessions = tuple(ChatSession(**row._mapping) for row in rows[:limit])  # noqa: SLF001 - its documented name
+    more = len(rows) > limit
+    return sessions, Cursor(
+        created_at=sessions[-1].created_at, session_id=sessions[-1].session_id
+    ) if more else None
+
+
+def listing(
+    *,
+    user_id: str | None = None,
+    since: datetime | None = None,
+    until: datetime | None = None,
+    status: SessionStatus = "all",
+    ttl_seconds: int,
+    after: Cursor | None = None,
+) -> tuple[TextClause, dict[str, Any]]:
+    """The statement with what it is asked for, but for its `limit`."""
     active_since = utc_now() - timedelta(seconds=ttl_seconds)
     conditions: dict[str, dict[str, Any]] = {}
     if user_id is not None:
@@ -45,12 +67,6 @@ async def browse_sessions(
             "session_id": after.session_id,
         }
     where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-    statement = text(f"{_COLUMNS}{where} ORDER BY created_at DESC, session_id DESC LIMIT :limit")
+    asked = text(f"{_COLUMNS}{where} ORDER BY created_at DESC, session_id DESC LIMIT :limit")
     values = {name: value for given in conditions.values() for name, value in given.items()}
-    async with database.core() as conn:
-        rows = (await conn.execute(statement, values | {"limit": limit + 1})).all()
-    sessions = tuple(ChatSession(**row._mapping) for row in rows[:limit])  # noqa: SLF001 - its documented name
-    more = len(rows) > limit
-    return sessions, Cursor(
-        created_at=sessions[-1].created_at, session_id=sessions[-1].session_id
-    ) if more else None
+    return asked, values

@@ -8,9 +8,7 @@ from datetime import date
 
 import pytest
 
-from app.analytics import reports
 from app.analytics.rollups import Rollups
-from app.errors import DurableStoreUnavailable
 from app.postgres.engine import Database, create_engine
 from app.web.analytics import CHARTS, cohorts, heatmap, step_of
 from app.web.languages import Language
@@ -151,17 +149,6 @@ async def test_a_range_that_can_not_be_is_refused_by_name(api, query, said):
 
     assert answer.status_code == 422
     assert said in Html(answer.text).text
-
-
-async def test_an_outage_is_told_as_one(api, monkeypatch):
-    async def out(*_, **__):
-        raise DurableStoreUnavailable("PostgreSQL can't be reached")
-
-    monkeypatch.setattr(reports, "run", out)
-    answer = await api.get("/analytics", headers=LOOKING)
-
-    assert answer.status_code == 503
-    assert "A store can't be reached" in Html(answer.text).text
 
 
 async def test_without_a_database_there_is_no_archive_to_look_at(settings):
