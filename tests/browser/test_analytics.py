@@ -1,5 +1,7 @@
 """`/analytics` in a browser: charts are drawn, in both themes, and the range is kept in the address."""
 
+import json
+
 import httpx
 import pytest
 
@@ -39,6 +41,24 @@ async def test_the_page_is_well_in_every_look(open_page, counted, look):
     assert await page.locator("figure.chart canvas").count() == 4
     for chart in await page.locator("figure.chart .u-legend").all():
         assert await chart.locator("th").count() >= 3
+
+
+async def test_charts_share_the_time_axis_of_the_range(open_page, counted):
+    """One with a single point, too: by itself it would be drawn over years."""
+    page = await open_page("/analytics?days=7&granularity=day")
+    await page.locator("figure.chart canvas").first.wait_for()
+    told = await page.locator("figure.chart script").all_text_contents()
+    assert [len(json.loads(one)["times"]) for one in told] == [7, 7, 1, 1]
+
+    single = page.locator("figure.chart .u-over").nth(2)
+    await single.scroll_into_view_if_needed()
+    box = await single.bounding_box()
+    await single.hover(position={"x": box["width"] - 2, "y": box["height"] / 2})
+    pointed = await page.locator("figure.chart .u-legend").nth(2).locator(".u-value").first.inner_text()
+    today = await page.locator("figure.chart .u-legend").nth(0).locator(".u-value").first.inner_text()
+    assert pointed == today != "–"
+    shown = await single.locator(".u-cursor-pt").nth(0).bounding_box()
+    assert shown["x"] > box["x"] + 0.9 * box["width"]
 
 
 async def test_a_click_on_a_range_is_in_the_address_and_in_what_is_shown(open_page, counted):

@@ -28,8 +28,15 @@
     return ticks.map((at) => (told.hours && !midnight(at) ? hour : day).format(at * 1000));
   }
 
+  // All charts have one time axis, that of the range: a report has no row for a period without anything.
+  const figures = Array.from(document.querySelectorAll("figure.chart"));
+  const tellings = new Map(figures.map((figure) => [figure, JSON.parse(figure.querySelector("script").textContent)]));
+  const times = Array.from(tellings.values(), (told) => told.times).flat();
+  const first = Math.min(...times);
+  const last = Math.max(...times, first + 86400);
+
   function draw(figure) {
-    const told = JSON.parse(figure.querySelector("script").textContent);
+    const told = tellings.get(figure);
     const canvas = figure.querySelector(".canvas");
     const axis = {
       stroke: style("--ink-2"),
@@ -43,7 +50,7 @@
         height: HEIGHT,
         tzDate: (at) => uPlot.tzDate(new Date(at * 1000), "Etc/UTC"),
         cursor: { sync: { key: "page" }, y: false },
-        scales: { y: { range: (_, low, high) => [0, (high || 1) * 1.05] } },
+        scales: { x: { range: () => [first, last] }, y: { range: (_, low, high) => [0, (high || 1) * 1.05] } },
         axes: [
           { ...axis, space: 80, incrs: told.hours ? undefined : [1, 2, 7, 14, 28, 91, 182, 365].map((days) => days * 86400), values: (_, ticks) => dates(told, ticks) },
           { ...axis, size: 58, values: (_, ticks) => ticks.map((tick) => shown(tick, told.unit, short)) },
@@ -74,7 +81,7 @@
   let remove = [];
   function drawAll() {
     remove.forEach((one) => one());
-    remove = Array.from(document.querySelectorAll("figure.chart"), draw);
+    remove = figures.map(draw);
   }
   drawAll();
   // Colours are read when it is drawn.
