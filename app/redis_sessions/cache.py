@@ -149,7 +149,7 @@ class RedisSessionCache:
                         before.chain.hex(),
                         f"{after.session.message_count:010d}",
                         after.chain.hex(),
-                        ",\n".join(committed.lines),
+                        "".join(f",\n{line}" for line in committed.lines) + "]}",
                         format_time(after.session.last_activity),
                         self._ttl_ms,
                         self._messages_max,

@@ -44,8 +44,9 @@ if ARGV[16] ~= '1'
   return {'not-ours'}
 end
 
-local body = body_offset()
-if ARGV[1] ~= '' and redis.call('GETRANGE', key, at.user_id, body - 1) ~= ARGV[1] .. ',"messages":[\n' then
+local body = body_offset(head)
+if body > #head then head = redis.call('GETRANGE', key, 0, body - 1) end
+if ARGV[1] ~= '' and string.sub(head, at.user_id + 1, body) ~= ARGV[1] .. ',"messages":[\n' then
   return {'absent'}
 end
 
@@ -104,28 +105,29 @@ if ARGV[2] ~= '' and tonumber(ARGV[2]) ~= seq then return {'moved', seq} end
 local lines = {}
 for i = 17, #ARGV, 2 do
   seq = seq + 1
-  lines[#lines + 1] = ARGV[i] .. string.format('%.0f', seq) .. ARGV[i + 1]
+  lines[#lines + 1] = ',\n' .. ARGV[i] .. string.format('%.0f', seq) .. ARGV[i + 1]
 end
-lines = table.concat(lines, ',\n')
+lines = table.concat(lines) .. ']}'
 
 local first_seq, first_offset = tonumber(field(head, 'first_seq')), tonumber(field(head, 'first_offset'))
 local size = redis.call('STRLEN', key)
 local surplus = math.max(0, seq - first_seq + 1 - tonumber(ARGV[5]))
-local kept_from = skip_lines(first_offset, surplus, size)
-if body + size - kept_from + #lines > tonumber(ARGV[6]) then return {'full'} end
+local offset = skip_lines(first_offset, surplus, size)
+-- Without the two bytes before the first line and the two brackets, which stand there already.
+if body + size - offset + #lines - 4 > tonumber(ARGV[6]) then return {'full'} end
 
+local old_size = size
 size = append_lines(first_offset, size, lines)
-put('last_activity', ARGV[3])
-drop_lines(first_offset, skip_lines(first_offset, surplus, size), first_seq + surplus, size)
+-- More are to go than there were: the rest is among the new ones.
+if offset == old_size - 2 then offset = skip_lines(first_offset, surplus, size) end
+offset = drop_lines(head, first_offset, offset, size)
 -- From here on Redis owns the session. The chain compares an entry with a row: there is none to compare.
-put('owner', 'r')
-put('epoch', string.rep('0', 16))
-put('chain', string.rep('0', 16))
-put_number('pending', 0)
-put_number('seq', seq)
+local fields = 'r' .. string.rep('0', width.epoch) .. digits(seq) .. string.rep('0', width.chain + width.pending)
+  .. between(head, 'token', 'first_seq') .. rest_of_head(head, first_seq + surplus, offset, ARGV[3])
+redis.call('SETRANGE', key, at.owner, fields)
 redis.call('PEXPIRE', key, ARGV[4])
 if turn_key then
   if ARGV[11] == 'begin' then hold_turn() else turn_call('DEL', turn_key) end
 end
 if ARGV[7] == '1' then return {'appended', redis.call('GET', key)} end
-return {'appended', redis.call('GETRANGE', key, 0, body_offset() - 1)}
+return {'appended', string.sub(head, 1, at.owner) .. fields .. string.sub(head, at.owner + #fields + 1, body)}

@@ -8,7 +8,7 @@
 local head = read_head()
 if head == '' then return {'absent'} end
 if not head or not intact(head) then return {'foreign'} end
-local whole = redis.call('GETRANGE', key, 0, body_offset() - 1)
+local whole = redis.call('GETRANGE', key, 0, body_offset(head) - 1)
 if ARGV[1] ~= '' and string.sub(whole, at.user_id + 1) ~= ARGV[1] .. ',"messages":[\n' then return {'absent'} end
 redis.call('UNLINK', key)
 return {'deleted', whole}

@@ -33,8 +33,8 @@ if not seq or seq > before or (seq == before and field(head, 'chain') ~= ARGV[3]
 end
 -- An entry of an older epoch that stands exactly where the row does is as good as a new one: it comes along,
 -- dirty, and the publish makes it trusted.
-if tonumber(ARGV[4]) >= tonumber(field(head, 'pending')) then put('pending', ARGV[4]) end
--- Always: a settle that comes late must not clear a skeleton that was marked meanwhile.
-put('token', ARGV[5])
-put('epoch', ARGV[1])
+local pending = field(head, 'pending')
+if tonumber(ARGV[4]) >= tonumber(pending) then pending = ARGV[4] end
+-- The token always: a settle that comes late must not clear a skeleton that was marked meanwhile.
+redis.call('SETRANGE', key, at.epoch, ARGV[1] .. between(head, 'seq', 'pending') .. pending .. ARGV[5])
 return 'marked'

@@ -7,7 +7,7 @@
 -- ARGV[3]   before_chain    16 hex digits; ... with this history
 -- ARGV[4]   after_seq       10 digits
 -- ARGV[5]   after_chain     16 hex digits
--- ARGV[6]   lines           the new messages, ",\n" between them
+-- ARGV[6]   lines           the new messages, ",\n" before each, and the closing brackets of the value
 -- ARGV[7]   last_activity   24 characters, RFC 3339
 -- ARGV[8]   ttl_ms          the sliding time to live, milliseconds
 -- ARGV[9]   messages_max    the window's bound, messages
@@ -41,10 +41,9 @@ while size - offset > tonumber(ARGV[10]) and seq <= after_seq do
   offset = skip_lines(offset, 1, size)
   seq = seq + 1
 end
-put('last_activity', ARGV[7])
-drop_lines(first_offset, offset, seq, size)
-put('chain', ARGV[5])
-put('seq', ARGV[4])
+offset = drop_lines(head, first_offset, offset, size)
+redis.call('SETRANGE', key, at.seq, ARGV[4] .. ARGV[5] .. between(head, 'pending', 'first_seq')
+  .. rest_of_head(head, seq, offset, ARGV[7]))
 redis.call('PEXPIRE', key, ARGV[8])
 if ARGV[11] == '1' then return {'published', redis.call('GET', key)} end
 return {'published'}

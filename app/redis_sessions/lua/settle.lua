@@ -7,6 +7,5 @@
 
 local head = read_head()
 if not head or head == '' or not intact(head) or field(head, 'token') ~= ARGV[1] then return 0 end
-put_number('pending', 0)
-put('token', string.rep('0', 16))
+redis.call('SETRANGE', key, at.pending, string.rep('0', width.pending + width.token))
 return 1
