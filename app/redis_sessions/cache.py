@@ -188,27 +188,28 @@ class RedisSessionCache:
     @asynccontextmanager
     async def watch(self, session_id: UUID, state: CacheState) -> AsyncIterator[Watch]:
         bounded = self._to(state)
-        pipe = bounded.redis.pipeline(transaction=True)
-        try:
-            async with bounded.step():
-                await pipe.watch(session_key(session_id))
-                try:
-                    value = await get_bytes(pipe.get(session_key(session_id)))
-                except WrongType:
-                    value = None
-            yield _Watch(
-                pipe,
-                bounded,
-                session_id,
-                identity=state.redis_identity,
-                value=decode(value, session_id) if value is not None else None,
-                ttl_ms=self._ttl_ms,
-                bytes_max=self._bytes_max,
-            )
-        finally:
-            # The UNWATCH that this sends may meet an outage of its own, which concerns nobody.
-            with suppress(*SOCKET_ERRORS):
-                await pipe.reset()  # type: ignore[no-untyped-call]  # redis-py has no type for it
+        async with bounded.watches:
+            pipe = bounded.redis.pipeline(transaction=True)
+            try:
+                async with bounded.step():
+                    await pipe.watch(session_key(session_id))
+                    try:
+                        value = await get_bytes(pipe.get(session_key(session_id)))
+                    except WrongType:
+                        value = None
+                yield _Watch(
+                    pipe,
+                    bounded,
+                    session_id,
+                    identity=state.redis_identity,
+                    value=decode(value, session_id) if value is not None else None,
+                    ttl_ms=self._ttl_ms,
+                    bytes_max=self._bytes_max,
+                )
+            finally:
+                # The UNWATCH that this sends may meet an outage of its own, which concerns nobody.
+                with suppress(*SOCKET_ERRORS):
+                    await pipe.reset()  # type: ignore[no-untyped-call]  # redis-py has no type for it
 
     async def probe(self) -> str:
         return await self._any.identity()

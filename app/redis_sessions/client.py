@@ -33,8 +33,10 @@ _REST_SECONDS = 0.25
 
 POOL_CONNECTIONS_MAX = 32
 
-#: So many of them stay with whoever sends commands: what a batch at a time of each kind takes.
-_AT_HAND_MAX = 8
+#: So many steps at once, and so many watches, which keep their connection from one step to another. What is left of
+#: the pool is for urgent steps. So nobody waits in the pool: that wait would be taken for an outage of Redis.
+_STEPS_MAX = 16
+_WATCHES_MAX = 8
 
 # redis-py would read its own version out of the package's files for each connection.
 _DRIVER = DriverInfo()
@@ -188,12 +190,25 @@ class BoundedRedis:
         self._out = False
         self._answered_at = 0.0
         self._at_hand: list[AbstractConnection] = []
+        self._places = asyncio.Semaphore(_STEPS_MAX)
+        #: To be held by who watches a key.
+        self.watches = asyncio.Semaphore(_WATCHES_MAX)
 
     @asynccontextmanager
     async def step(self, *, urgent: bool = False, since: float | None = None) -> AsyncIterator[Redis]:
-        """`urgent`: tried even right after an outage that somebody else met. `since`: when its first caller began
-        to wait, on the clock of `time.monotonic`; else now. Waiting while Redis answers others does not count.
+        """`urgent`: tried even right after an outage that somebody else met, and before others. `since`: when its first
+        caller began to wait, on the clock of `time.monotonic`; else now. Waiting while Redis answers others does not
+        count, nor does waiting for a place, first come, first served.
         """
+        if urgent:
+            async with self._step(urgent=True, since=since) as redis:
+                yield redis
+        else:
+            async with self._places, self._step(urgent=False, since=since) as redis:
+                yield redis
+
+    @asynccontextmanager
+    async def _step(self, *, urgent: bool, since: float | None) -> AsyncIterator[Redis]:
         now = time.monotonic()
         if not urgent and now < self._out_until:
             raise CacheOutage("redis was out a moment ago")
@@ -260,7 +275,7 @@ class BoundedRedis:
             yield connection
         finally:
             # One that owes a reply has lost its socket by now (see the class), and is found closed.
-            if len(self._at_hand) < _AT_HAND_MAX:
+            if len(self._at_hand) < _STEPS_MAX:
                 self._at_hand.append(connection)
             else:
                 await pool.release(connection)

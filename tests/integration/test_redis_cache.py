@@ -14,7 +14,7 @@ from uuid import UUID
 import pytest
 from redis.asyncio import Redis
 
-from app.chat import NewMessage
+from app.chat import NewMessage, new_uuid
 from app.coherence.ports import (
     EPOCH_ZERO,
     PROTOCOL,
@@ -118,12 +118,13 @@ async def make_cache(servers: Servers, redis: Redis) -> AsyncIterator[MakeCache]
             ttl_seconds: int = 100,
             messages_max: int = 100,
             bytes_max: int = 1024 * 1024,
+            timeout_seconds: float = 2,
             url: str = servers.redis_url,
         ) -> Steps:
             cache = RedisSessionCache(
                 url,
                 database=1,
-                timeout_seconds=2,
+                timeout_seconds=timeout_seconds,
                 ttl_seconds=ttl_seconds,
                 messages_max=messages_max,
                 bytes_max=bytes_max,
@@ -1416,10 +1417,34 @@ async def test_of_many_connections_few_are_kept_at_hand(servers: Servers) -> Non
     pool = bounded.redis.connection_pool
 
     # All that is left is there for who takes one out of the pool.
-    assert 1 <= len(pool._in_use_connections) <= 8
-    await asyncio.gather(*(bounded.redis.ping() for _ in range(24)))
+    assert 1 <= len(pool._in_use_connections) <= 16
+    await asyncio.gather(*(bounded.redis.ping() for _ in range(16)))
     await bounded.redis.aclose()
     assert not [one for one in pool._in_use_connections if one.is_connected]
+
+
+async def test_a_queue_for_connections_is_no_outage(servers: Servers) -> None:
+    bounded = BoundedRedis(
+        create_redis(servers.redis_url, database=1, timeout_seconds=0.2), timeout_seconds=0.2
+    )
+    # In turns of 80 ms each: the last of them wait three times as long as Redis may take.
+    replies = await asyncio.gather(*(bounded.commands([("BLPOP", "nothing", "0.08")]) for _ in range(128)))
+    assert replies == [[None]] * 128
+    await bounded.redis.aclose()
+
+
+async def test_many_fills_at_once_are_no_outage(make_cache: MakeCache) -> None:
+    cache = await make_cache(timeout_seconds=0.1)
+
+    async def fill() -> None:
+        async with cache.watch(new_uuid()):
+            await asyncio.sleep(0.02)
+
+    fills = asyncio.gather(*(fill() for _ in range(200)))
+    while not fills.done():
+        await cache.get(new_uuid())
+        await asyncio.sleep(0.01)
+    await fills
 
 
 async def test_who_has_waited_for_his_turn_while_redis_answered_others_is_not_told_that_it_is_out(
