@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
+from functools import lru_cache
 from typing import Any, Literal, get_args
 from uuid import UUID, uuid5
 
@@ -154,13 +155,16 @@ def json_text(value: Any) -> str:
 
     Raises `ValueError` for NaN and infinities, which JSON cannot express.
     """
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return _encode_json(value)
+
+
+# Made once: `json.dumps` makes one at every call with options, which takes half as long as most messages.
+_encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
 def utc_now() -> datetime:
     """Now, cut to milliseconds: no store ever sees a finer time, so that both keep the same."""
-    now = datetime.now(UTC)
-    return now.replace(microsecond=now.microsecond // 1000 * 1000)
+    return datetime.fromtimestamp(time.time_ns() // 1_000_000 / 1000, UTC)
 
 
 def cut_to_milliseconds(moment: datetime) -> datetime:
@@ -169,6 +173,8 @@ def cut_to_milliseconds(moment: datetime) -> datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
+# Messages of one moment are written together, and each with its session's.
+@lru_cache(maxsize=256)
 def format_time(moment: datetime) -> str:
     """RFC 3339 in UTC with milliseconds: always 24 characters."""
     if moment.tzinfo is not UTC:

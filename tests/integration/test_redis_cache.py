@@ -1411,6 +1411,21 @@ async def test_a_connection_that_owes_a_reply_is_not_kept_at_hand(servers: Serve
     await bounded.redis.aclose()
 
 
+async def test_an_error_of_the_connection_among_the_replies_is_an_outage(private_url: str) -> None:
+    """Method: RESET logs the connection out in the middle of a round trip."""
+    async with Redis.from_url(private_url) as before:
+        bounded = BoundedRedis(create_redis(private_url, database=1, timeout_seconds=2), timeout_seconds=2)
+        assert await bounded.commands([("PING",), ("PING",)]) == [b"PONG", b"PONG"]
+        await before.config_set("requirepass", "secret")
+        try:
+            with pytest.raises(CacheOutage, match="Authentication required"):
+                await bounded.commands([("PING",), ("RESET",), ("GET", "mine")])
+        finally:
+            await before.config_set("requirepass", "")
+        assert await bounded.commands([("PING",)], urgent=True) == [b"PONG"]
+        await bounded.redis.aclose()
+
+
 async def test_of_many_connections_few_are_kept_at_hand(servers: Servers) -> None:
     bounded = BoundedRedis(create_redis(servers.redis_url, database=1, timeout_seconds=2), timeout_seconds=2)
     await asyncio.gather(*(bounded.commands([("PING",)]) for _ in range(30)))
