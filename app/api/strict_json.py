@@ -2,7 +2,6 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,13 +29,7 @@ def parse(body: bytes) -> Any:
     `duplicate_key`.
     """
     try:
-        value = json.loads(
-            body.decode(),
-            object_pairs_hook=_pairs,
-            parse_constant=lambda name: _Flaw("number_not_storable", f"{name} is not a JSON number"),
-            parse_int=_integer,
-            parse_float=_float,
-        )
+        value = _DECODER.decode(body.decode())
     except UnicodeDecodeError as exc:
         raise refused_field("invalid_json", "body", f"should be UTF-8, byte {exc.start} is not") from exc
     except json.JSONDecodeError as exc:
@@ -45,9 +38,10 @@ def parse(body: bytes) -> Any:
         ) from exc
     except RecursionError as exc:
         raise refused_field("too_deep", "body", "is nested too deeply") from exc
-    if levels(value) > _LEVELS_MAX:
+    depth, found = _looked_through(value)
+    if depth > _LEVELS_MAX:
         raise refused_field("too_deep", "body", f"is nested more than {_LEVELS_MAX} levels deep")
-    flaws = [{"path": path, "code": flaw.code, "detail": flaw.detail} for path, flaw in _flaws("body", value)]
+    flaws = [{"path": path, "code": flaw.code, "detail": flaw.detail} for path, flaw in found]
     if flaws:
         raise RequestRefused(
             flaws[0]["code"], "; ".join(f"{flaw['path']}: {flaw['detail']}" for flaw in flaws), errors=flaws
@@ -68,16 +62,7 @@ def text_flaw(text: str) -> str | None:
 
 def levels(value: Any) -> int:
     """How deep a value is nested: 0 for a scalar, 1 for an object of scalars."""
-    depth, layer = 0, [value]
-    while any(isinstance(one, dict | list) for one in layer):
-        depth += 1
-        layer = [
-            child
-            for one in layer
-            if isinstance(one, dict | list)
-            for child in (one.values() if isinstance(one, dict) else one)
-        ]
-    return depth
+    return _looked_through(value)[0]
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Flaw:
@@ -103,22 +88,56 @@ def _float(text: str) -> float | _Flaw:
     return value
 
 
-def _flaws(path: str, value: Any) -> Iterator[tuple[str, _Flaw]]:
-    stack = [(path, value)]
-    while stack:
-        path, value = stack.pop()
-        if isinstance(value, _Flaw):
-            yield path if value.key is None else f"{path}.{_shown(value.key)}", value
-        elif isinstance(value, str):
-            if flaw := text_flaw(value):
-                yield path, _Flaw("text_not_storable", flaw)
-        elif isinstance(value, dict):
-            for key, child in value.items():
-                if flaw := text_flaw(key):
-                    yield path, _Flaw("text_not_storable", f"has a key that {flaw}")
-                stack.append((f"{path}.{_shown(key)}", child))
-        elif isinstance(value, list):
-            stack.extend((f"{path}.{index}", child) for index, child in enumerate(value))
+#: Made once: `json.loads` makes one at every call with hooks.
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_pairs,
+    parse_constant=lambda name: _Flaw("number_not_storable", f"{name} is not a JSON number"),
+    parse_int=_integer,
+    parse_float=_float,
+)
+
+
+def _looked_through(value: Any) -> tuple[int, list[tuple[str, _Flaw]]]:
+    """How deep it is nested, and where it can't be kept.
+
+    Layer by layer, with the way to each value as (way to its parent, its name): only a flaw's is written out.
+    """
+    depth = 0
+    found: list[tuple[_Way, _Flaw]] = []
+    layer: list[tuple[_Way, Any]] = [(("body", None), value)]
+    while layer:
+        below: list[tuple[_Way, Any]] = []
+        nested = False
+        for way, one in layer:
+            kind = type(one)
+            if kind is str:
+                if flaw := text_flaw(one):
+                    found.append((way, _Flaw("text_not_storable", flaw)))
+            elif kind is dict:
+                nested = True
+                for key, child in one.items():
+                    if flaw := text_flaw(key):
+                        found.append((way, _Flaw("text_not_storable", f"has a key that {flaw}")))
+                    below.append(((key, way), child))
+            elif kind is list:
+                nested = True
+                below += [((index, way), child) for index, child in enumerate(one)]
+            elif kind is _Flaw:
+                found.append((way if one.key is None else (one.key, way), one))
+        depth += nested
+        layer = below
+    return depth, [(_path(way), flaw) for way, flaw in found]
+
+
+_Way = tuple[str | int, Any]
+
+
+def _path(way: "_Way | None") -> str:
+    names = []
+    while way is not None:
+        name, way = way
+        names.append(_shown(name) if isinstance(name, str) else str(name))
+    return ".".join(reversed(names))
 
 
 def _shown(key: str) -> str:
