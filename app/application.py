@@ -41,7 +41,7 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
             app.state.reports = asyncio.Semaphore(reports.REPORTS_AT_ONCE)
             yield
 
-    app = FastAPI(
+    app = hot.HotFirst(
         title="Chat sessions",
         version=__version__,
         description=_DESCRIPTION,
@@ -60,7 +60,6 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
         for router in PAGES:
             app.include_router(router)
         show_errors(app)
-    hot.install(app)
     # From this service itself: a browser asks no other host for anything.
     app.mount("/docs/assets", StaticFiles(directory=Path(hot.__file__).parent / "swagger_ui"), name="swagger")
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Path, Query, Response
 from fastapi.responses import JSONResponse
 
 from app.api import strict_json
-from app.api.answers import history_body, history_headers, truth
+from app.api.answers import JsonBytes, history_body, history_headers, truth
 from app.api.problems import refused_field
 from app.api.requests import (
     WHOLE_NUMBER,
@@ -228,7 +228,7 @@ async def history_of(
     seqs, anything = seen
     if "ETag" in headers and (anything or history.session.message_count in seqs):
         return Response(status_code=304, headers=headers)
-    return Response(history_body(history), media_type="application/json", headers=headers)
+    return JsonBytes(history_body(history), headers)
 
 
 @router.post(
@@ -282,13 +282,9 @@ async def append_records(
     appended = await runtime.store.append(
         Append(session_id=session_id, messages=messages, user_id=user_id, if_match=if_match)
     )
-    return JSONResponse(
-        {
-            "session_id": str(session_id),
-            "first_seq": appended.first_seq,
-            "last_seq": appended.last_seq,
-        },
-        headers=truth(seq=appended.session.message_count, source=appended.source),
+    return JsonBytes(
+        f'{{"session_id":"{session_id}","first_seq":{appended.first_seq},"last_seq":{appended.last_seq}}}'.encode(),
+        truth(seq=appended.session.message_count, source=appended.source),
     )
 
 

@@ -31,17 +31,13 @@ def routes_only(monkeypatch):
 @pytest.fixture
 def routes_forbidden(api):
     """The application without its routes."""
-    hot_calls = api.app.middleware_stack
-    while not isinstance(hot_calls, hot.HotCalls):
-        hot_calls = hot_calls.app
-    behind = hot_calls.app
 
     async def nobody(scope, _receive, _send):
         raise AssertionError(f"{scope['path']} went to the routes")
 
-    hot_calls.app = nobody
+    api.app.middleware_stack, behind = nobody, api.app.middleware_stack
     yield
-    hot_calls.app = behind
+    api.app.middleware_stack = behind
 
 
 def facts(answer):
