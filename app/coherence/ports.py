@@ -171,14 +171,22 @@ class Entry:
             return None
         if first == self.first_seq and last == count:
             return (first, self.body) if self.counts() else None
-        # From the end: a page of the newest needs no look at the older lines. The right number of lines between
-        # two that are in their places leaves none out.
-        back = count - first + 1
-        lines = self.body.rsplit(b",\n", back)
-        if len(lines) < back:
-            return None
-        page = lines[-back : last - count or None]
-        return (first, b",\n".join(page)) if is_line(page[0], first) and is_line(page[-1], last) else None
+        # From the end: a page of the newest needs no look at the older lines, and is copied once. The right number of
+        # lines between two that are in their places leaves none out.
+        after = self._back(len(self.body) + 2, count - last)
+        start = self._back(after, last - first + 1)
+        page = self.body[start : after - 2] if start >= 0 else b""
+        return (
+            (first, page) if is_line(page, first) and is_line(page[page.rfind(b"\n") + 1 :], last) else None
+        )
+
+    def _back(self, offset: int, lines: int) -> int:
+        """Where the line begins that is so many before the one at `offset`; -1: there is none."""
+        for _ in range(lines):
+            if offset <= 0:
+                return -1
+            offset = self.body.rfind(b"\n", 0, max(0, offset - 1)) + 1
+        return offset
 
     def counts(self) -> bool:
         """Whether it has as many lines as its head says."""
