@@ -1,5 +1,6 @@
 """`/`: talk to the assistant. The page shows what was said; a script sends what is said next by the API's own calls."""
 
+import asyncio
 from typing import Annotated
 from uuid import UUID
 
@@ -33,15 +34,13 @@ async def chat(request: Request, runtime: Served, user_id: UserId = "", session:
     """A session of a user, or the beginning of one. Raises `SessionNotFound` for one of somebody else."""
     language = language_of(request)
     whose = await only_user(runtime, user_id or None) or GUEST
-    history: History | None = None
-    if session is not None:
-        history = await runtime.store.read_history(session, max_messages=_MESSAGES_SHOWN, user_id=whose)
+    history, past = await asyncio.gather(_history(runtime, session, whose), _past(runtime, whose))
     return render(
         request,
         "chat.html",
         history=history,
-        messages=[Shown.of(one) for one in history.messages] if history is not None else [],
-        past=await _past(runtime, whose),
+        messages=[Shown.of(line) for line in history.lines] if history is not None else [],
+        past=past,
         session=session,
         user=whose,
         words={name: language.text(f"chat.script.{name}") for name in _WORDS}
@@ -50,10 +49,18 @@ async def chat(request: Request, runtime: Served, user_id: UserId = "", session:
 
 
 @router.get("/chat/past")
-async def past(request: Request, runtime: Served, user_id: UserId = "", session: Session = None) -> Response:
+async def past_sessions(
+    request: Request, runtime: Served, user_id: UserId = "", session: Session = None
+) -> Response:
     """The list at the side, for the script: a session that was just begun is in it."""
     whose = await only_user(runtime, user_id or None) or GUEST
     return render(request, "chat_past.html", past=await _past(runtime, whose), session=session, user=whose)
+
+
+async def _history(runtime: Runtime, session: UUID | None, user: str) -> History | None:
+    if session is None:
+        return None
+    return await runtime.store.read_history(session, max_messages=_MESSAGES_SHOWN, user_id=user)
 
 
 async def _past(runtime: Runtime, user: str) -> SessionPage | None:

@@ -21,7 +21,7 @@ from app.api.analytics import search_cursor, search_page
 from app.api.problems import RequestRefused
 from app.api.requests import Served, cursor_of, cursor_text, only_user
 from app.api.sessions import SEQ_MAX
-from app.chat import ChatSession, Message, SessionStatus
+from app.chat import ChatSession, SessionStatus
 from app.coherence.ports import CacheOutage, Entry, GuideEntry
 from app.errors import SessionNotFound
 from app.redis_sessions.inspect import find_session
@@ -139,20 +139,28 @@ def marked(hit: Hit) -> Iterator[tuple[str, bool]]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
-    """A message as it is shown: `text` may be its beginning only."""
+    """A message as it is shown: `text` may be its beginning only, of so many `characters`. `written_at` as stores keep it."""
 
-    message: Message
+    seq: int
+    role: str
+    written_at: str
     text: str
+    characters: int
     sources: Sequence[str]
     processing_time_ms: float | None
 
     @classmethod
-    def of(cls, message: Message, *, whole: bool = False) -> "Shown":
-        metadata = json.loads(message.metadata)
+    def of(cls, line: str, *, whole: int | None = None) -> "Shown":
+        """Out of a store's line, which is read once. `whole`: the seq of the one that is not cut."""
+        fields = json.loads(line)
+        content, metadata = fields["content"], fields["metadata"]
         sources, took = metadata.get("sources"), metadata.get("processing_time_ms")
         return cls(
-            message=message,
-            text=message.content if whole else message.content[:CHARACTERS_SHOWN],
+            seq=fields["seq"],
+            role=fields["role"],
+            written_at=fields["timestamp"],
+            text=content if fields["seq"] == whole else content[:CHARACTERS_SHOWN],
+            characters=len(content),
             sources=tuple(map(_source, sources)) if isinstance(sources, list) else (),
             # True is an int of Python's.
             processing_time_ms=took if isinstance(took, int | float) and not isinstance(took, bool) else None,
@@ -160,7 +168,7 @@ class Shown:
 
     @property
     def is_cut(self) -> bool:
-        return len(self.text) < len(self.message.content)
+        return len(self.text) < self.characters
 
 
 def _source(source: object) -> str:
@@ -223,8 +231,8 @@ async def transcript(
     if at is not None:
         before = min(at + MESSAGES_OF_PAGE // 2, SEQ_MAX)
     history = await runtime.store.read_history(session_id, max_messages=MESSAGES_OF_PAGE, before_seq=before)
-    messages = [Shown.of(one, whole=one.seq == whole) for one in history.messages]
-    last = messages[-1].message.seq if messages else 0
+    messages = [Shown.of(line, whole=whole) for line in history.lines]
+    last = messages[-1].seq if messages else 0
     newer = last + MESSAGES_OF_PAGE + 1 if last < history.session.message_count else None
     return render(
         request,

@@ -12,7 +12,7 @@ import pytest
 
 from app.errors import DurableStoreUnavailable
 from app.web.assets import address, assets
-from app.web.frame import PLACES
+from app.web.frame import PLACES, moment
 from app.web.texts import TEXTS
 from tests.integration.api_client import assert_problem, open_api
 
@@ -121,6 +121,10 @@ async def test_without_pages_the_api_is_all_there_is(settings):
             assert_problem(await api.get(path, headers=LOOKING), 404, "not_found")
 
 
+def test_a_time_that_a_store_holds_is_no_markup_either():
+    assert "<" not in re.sub("</?time[^<>]*>", "", moment('"><script>alert("2025")</script>'))
+
+
 # Languages
 
 
@@ -141,7 +145,12 @@ def test_every_text_is_on_some_page_and_every_page_finds_its_texts():
         for path in (PROJECT / "app/web").rglob("*")
         if path.suffix in {".html", ".py"} and path.name != "texts.py"
     ]
-    asked = {key for source in sources for key in re.findall(r'(?:\bt|\.text)\(f?"([a-z_.-]+)', source)}
+    asked = {
+        key
+        for source in sources
+        for key in re.findall(r'\.text\(f?"([a-z_.-]+)|"([a-z_][a-z_.-]+)"[^"{}|]*\| t\b', source)
+        for key in filter(None, key)
+    }
     stems = tuple(key for key in asked if key.endswith("."))
 
     assert {key for key in asked if not key.endswith(".")} <= set(TEXTS)

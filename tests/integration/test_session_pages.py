@@ -142,6 +142,9 @@ async def test_a_page_of_the_list_is_one_look_at_an_index(api, asked, index):
         # A few rows are read, and sorted, faster than by their index. What has to be sorted is so all the same.
         for way in ("seqscan", "bitmapscan", "sort"):
             await conn.exec_driver_sql(f"SET LOCAL enable_{way} = off")
+        if "user_id" in asked:
+            # In a table this small it may read everybody's by time, too. Nothing is committed here.
+            await conn.exec_driver_sql("DROP INDEX chat.chat_sessions_created_at_idx")
         plan = await conn.execute(text(f"EXPLAIN {statement}"), values | {"limit": 51})
         lines = "\n".join(row[0] for row in plan)
 
