@@ -12,8 +12,10 @@ help: ## Say what there is to make
 run: $(VENV)/.run ## Set everything up and serve, with embedded servers unless URLs are set
 	@exec $(VENV)/bin/chat-sessions serve
 
-test: $(VENV)/.dev ## Set everything up and run all tests, on real servers
-	$(VENV)/bin/python -m pytest $(PYTEST)
+# A process for each core, each with servers of its own. A file's tests stay together, for what they share, and in
+# their order: sorted by how many tests they have, the files with few long ones would come last.
+test: $(VENV)/.dev ## Set everything up and run all tests, on real servers: PYTEST="-k word -n 0"
+	$(VENV)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 check: $(VENV)/.dev ## Format, lint and types
 	$(VENV)/bin/ruff format --check .

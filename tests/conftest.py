@@ -4,6 +4,7 @@ import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -13,13 +14,13 @@ from app.postgres.cache_state import claim_state
 from app.postgres.engine import Database, create_engine
 from app.settings import Settings
 from tests.databases import empty, forget_state, migrate, new_database
-from tests.servers import Servers, announcement, choose, open_servers
+from tests.servers import PROCESSES_MAX, Servers, announcement, choose, cores, open_servers
 from tests.stores import trust
 
 # Its assertions explain themselves like those of any test module, whoever imports it first.
 pytest.register_assert_rewrite("tests.contract.suite")
 
-servers_key = pytest.StashKey[str]()
+servers_key = pytest.StashKey[set[str]]()
 
 
 @pytest.fixture(scope="session")
@@ -29,25 +30,48 @@ def anyio_backend() -> str:
 
 @pytest.fixture(scope="session")
 def servers(request: pytest.FixtureRequest) -> Iterator[Servers]:
-    """Real servers for the whole run; the last line of the report says which."""
+    """Real servers for the whole run, or for this process of it; the last line of the report says which."""
     # Not below pytest's own folders: as root, the account that the servers run as can't reach into those.
     with TemporaryDirectory(prefix="chat-tests-") as folder, open_servers(choose(), Path(folder)) as opened:
-        request.config.stash[servers_key] = opened.versions()
+        request.config.stash[servers_key].add(opened.versions())
         yield opened
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     # A run in the background of a script ignores Ctrl-C, and so would the services that the tests interrupt.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.stash[servers_key] = set()
+    if config.getoption("numprocesses", None) and choose() == "urls":
+        # Tests empty the databases 1 and 2 of Redis, end everybody's connections, and set its limits.
+        raise pytest.UsageError(
+            "one pair of servers is for one process: with TEST_DATABASE_URL no -n, or -n auto"
+        )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a process for each core, each with servers of its own; 0 is this process alone."""
+    return 0 if choose() == "urls" or cores() == 1 else min(cores(), PROCESSES_MAX)
 
 
 def pytest_report_header() -> str:
     return f"servers: {announcement(choose())}"
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if (output := getattr(session.config, "workeroutput", None)) is not None:
+        output["servers"] = list(session.config.stash[servers_key])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a process says at its end; one that crashed says nothing."""
+    node.config.stash[servers_key].update(getattr(node, "workeroutput", {}).get("servers", ()))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    terminalreporter.write_line(f"servers: {config.stash.get(servers_key, 'none were needed')}")
+    terminalreporter.write_line(f"servers: {'; '.join(config.stash[servers_key]) or 'none were needed'}")
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 `TEST_SERVERS=urls|containers|embedded` forces a choice. Else TEST_DATABASE_URL and TEST_REDIS_URL are used
 where both are set, containers where a Docker engine answers, embedded servers everywhere else.
+
+Each process of a run with `-n` has a pair of its own. Given servers are one pair, so they are for one process.
 """
 
 import asyncio
@@ -19,6 +21,9 @@ from redis import Redis
 from app.embedded import embedded_servers
 
 CHOICES = ("urls", "containers", "embedded")
+
+#: Each has a PostgreSQL and a Redis of its own, and more do not end sooner: the longest file of tests is one's alone.
+PROCESSES_MAX = 4
 
 POSTGRES_IMAGE, REDIS_IMAGE = "postgres:17", "redis:8"
 
@@ -58,6 +63,11 @@ def choose() -> str:
     if os.environ.get("TEST_DATABASE_URL") and os.environ.get("TEST_REDIS_URL"):
         return "urls"
     return "containers" if docker_answers() else "embedded"
+
+
+def cores() -> int:
+    """Those that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def announcement(kind: str) -> str:
