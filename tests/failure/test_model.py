@@ -19,22 +19,23 @@ SCHEDULES = 600
 MUTANT_SCHEDULES = 1000
 
 #: The faults under which a rule matters most, and a seed under which it was seen to matter: the first that is tried.
+#: A change of the code moves it: a test that then searches for seconds prints the one to put here.
 FOCUS: dict[str, tuple[tuple[str, ...] | None, int]] = {
     "no mark": (None, 1),
-    "no row lock": (None, 8),
-    "no watch": (None, 7),
-    "no hold": (("estranged",), 139),
-    "no lease": (("estranged",), 20),
-    "no identity": (None, 98),
+    "no row lock": (None, 1),
+    "no watch": (None, 22),
+    "no hold": (("estranged",), 85),
+    "no lease": (("estranged",), 26),
+    "no identity": (None, 36),
     "clean skeleton": (None, 1),
-    "publish anywhere": (None, 2),
+    "publish anywhere": (None, 22),
     "publish is clean": (None, 9),
     "commit unmarked": (None, 6),
     "believe dirty": (None, 1),
     "believe old epochs": (None, 6),
-    "always settled": (("estranged",), 118),
-    "skeleton ended by a publish": (None, 371),
-    "adopt without proof": (None, 581),
+    "always settled": (("estranged",), 37),
+    "skeleton ended by a publish": (None, 540),
+    "adopt without proof": (None, 305),
     "adopt without watch": (None, 1),
 }
 
@@ -89,9 +90,10 @@ def test_a_protocol_with_one_rule_less_is_found_wrong(mutant: str) -> None:
             schedule.run(seed, faults=faults, draining=draining)
             for seed in chain([known], range(1, MUTANT_SCHEDULES))
         )
-        found = any(run.wrong for run in runs)
+        found = next((run.seed for run in runs if run.wrong), None)
 
-    assert found
+    print(f"{mutant}: found by seed {found}, known {known}")  # noqa: T201 - for `pytest -rP --durations=9`
+    assert found is not None
 
 
 @pytest.mark.parametrize("mutant", [None, "no watch"])
