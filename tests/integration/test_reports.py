@@ -25,10 +25,11 @@ from app.errors import (
     UnknownTimezone,
     UserRefused,
 )
+from app.postgres.cache_state import claim_state
 from app.postgres.engine import Database, create_engine
 from app.postgres.store import PostgresChatSessionStore
 from app.store import Append
-from tests.databases import new_database, shrink
+from tests.databases import empty, new_database, shrink
 from tests.factories import new_message
 
 pytestmark = pytest.mark.anyio
@@ -558,8 +559,7 @@ class TestRunning:
         }
 
 
-@pytest.fixture
-async def random_history(store: PostgresChatSessionStore, database: Database) -> None:
+async def record_random_history(store: PostgresChatSessionStore, database: Database) -> None:
     """Users, sessions, roles, times and sources of 12 days, with clocks that disagree; counted by days of Vietnam."""
     numbers = random.Random(5)
     for _ in range(60):
@@ -604,7 +604,16 @@ def exact_part(found: Report) -> list[dict[str, Any]]:
 class TestSources:
     """What roll-ups say is what the messages say."""
 
-    @pytest.mark.usefixtures("random_history")
+    @pytest.fixture(scope="class")
+    async def database(self, database_url, anyio_backend):
+        """A random history, written once: these tests only read."""
+        database = Database(create_engine(database_url, application_name="tests"))
+        await empty(database)
+        await claim_state(database, redis_only=None)
+        await record_random_history(PostgresChatSessionStore(database, ttl_seconds=3600), database)
+        yield database
+        await database.close()
+
     @pytest.mark.parametrize("granularity", ["hour", "day", "week", "month"])
     @pytest.mark.parametrize(
         "timezone", ["Asia/Ho_Chi_Minh", "UTC", "Asia/Kathmandu", "America/New_York", "Australia/Lord_Howe"]
@@ -621,7 +630,6 @@ class TestSources:
         assert expected.source == "messages"
         assert found.rows
 
-    @pytest.mark.usefixtures("random_history")
     @pytest.mark.parametrize(
         ("timezone", "rolled_up"),
         [
@@ -640,7 +648,6 @@ class TestSources:
             name for name in PLAIN if (await run(database, name, **span)).source == "roll-ups"
         } == rolled_up
 
-    @pytest.mark.usefixtures("random_history")
     @pytest.mark.parametrize("name", PLAIN)
     async def test_a_user_and_a_cut_range_are_read_from_the_messages(self, database, name):
         cut = {"since": SINCE + 90 * MOMENT, "until": UNTIL}
@@ -650,7 +657,6 @@ class TestSources:
         )
         assert of_user.source == (await run(database, name, **cut)).source == "messages"
 
-    @pytest.mark.usefixtures("random_history")
     @pytest.mark.parametrize("name", REPORTS)
     @pytest.mark.parametrize("granularity", ["day", "week", "month"])
     async def test_the_statement_can_be_typed(self, database, name, granularity):
@@ -663,7 +669,6 @@ class TestSources:
 
         assert len(typed) == len(found.rows)
 
-    @pytest.mark.usefixtures("random_history")
     @pytest.mark.parametrize(
         "name", [name for name, one in REPORTS.items() if "days" in one.variants and not one.plain]
     )
@@ -677,7 +682,6 @@ class TestSources:
                 timezone="America/New_York",
             )
 
-    @pytest.mark.usefixtures("random_history")
     async def test_percentiles_of_roll_ups_are_within_their_error(self, database):
         span = {"since": date(2026, 3, 6), "until": date(2026, 3, 19)}
         times = sorted(
@@ -695,7 +699,6 @@ class TestSources:
         assert found[1] == len(times)
         assert found[3:] == tuple(pytest.approx(one, rel=0.025) for one in expected)
 
-    @pytest.mark.usefixtures("random_history")
     async def test_a_summary_has_the_range_before(self, database):
         now = {"since": date(2026, 3, 11), "until": date(2026, 3, 15)}
         before = {"since": date(2026, 3, 7), "until": date(2026, 3, 11)}
