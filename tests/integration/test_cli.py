@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -156,6 +157,24 @@ def test_help_lists_every_command(call):
     assert all(f"Usage: python -m app {name} " in helped[f"{name} --help"].stdout for name in COMMANDS)
     assert "--ahead" in helped["partitions --help"].stdout
     assert "--json" in helped["doctor --help"].stdout
+
+
+def test_a_command_reads_the_files_of_no_other_command(tmp_path):
+    at_its_end = "import atexit, sys; atexit.register(lambda: print(*sys.modules, file=sys.stderr)); "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{at_its_end} from app.cli.main import main; main()", "migrate", "--help"],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+
+    read = set(done.stderr.split())
+    assert {"app.cli.main", "app.cli.migrate"} <= read
+    assert read.isdisjoint({f"app.cli.{name.replace('-', '_')}" for name in COMMANDS} - {"app.cli.migrate"})
+    assert read.isdisjoint({"app.wiring", "fastapi", "redis"})
 
 
 def test_wrong_arguments_are_explained_and_nothing_is_done(call):
