@@ -1,4 +1,4 @@
-"""Our commands as processes of their own, as somebody calls them from a shell."""
+"""Our commands, as somebody calls them from a shell: as processes of their own, or in this one."""
 
 import fcntl
 import os
@@ -14,6 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+from typer.testing import CliRunner
+
+from app.cli.main import app
 
 PROJECT = Path(__file__).parents[2]
 
@@ -45,6 +49,22 @@ def run(*arguments: str, cwd: Path, **settings: object) -> subprocess.CompletedP
         timeout=60,
         check=False,
     )
+
+
+def called(*arguments: str, cwd: Path, **settings: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, where the command's answer is the point: to start one is a second of imports.
+
+    An error that the command does not turn into a line of its own is raised here.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(cwd)
+        theirs = environment(**settings)
+        for name in set(os.environ) - set(theirs):
+            patch.delenv(name)
+        for name, value in theirs.items():
+            patch.setenv(name, value)
+        result = CliRunner().invoke(app, arguments, prog_name="python -m app", catch_exceptions=False)
+    return subprocess.CompletedProcess(arguments, result.exit_code, result.stdout, result.stderr)
 
 
 def one_line(done: subprocess.CompletedProcess[str]) -> str:

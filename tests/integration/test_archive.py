@@ -34,7 +34,7 @@ from app.wiring import Runtime, Stores, open_runtime, open_stores
 from tests.contract.suite import METADATA, TEXTS
 from tests.databases import empty, migrate, new_database
 from tests.factories import guide_value, keyed_append, new_append, new_message
-from tests.integration.processes import PROJECT, command, environment, eventually, one_line, run
+from tests.integration.processes import PROJECT, called, command, environment, eventually, one_line, run
 
 pytestmark = pytest.mark.anyio
 
@@ -669,10 +669,10 @@ async def test_the_commands_say_what_they_did_and_end_with_1_where_something_was
     await new_session(runtime, "a", "b")
     urls = {"DATABASE_URL": database_url, "REDIS_URL": servers.redis_url}
 
-    async def call(*words):
-        return await asyncio.to_thread(run, *words, cwd=tmp_path, **urls)
+    async def call(*words, by=called):
+        return await asyncio.to_thread(by, *words, cwd=tmp_path, **urls)
 
-    exported = await call("export", "out", "--format", "jsonl.gz")
+    exported = await call("export", "out", "--format", "jsonl.gz", by=run)
     assert (exported.returncode, exported.stderr) == (0, "")
     assert exported.stdout == "1 session with 2 messages in 1 month: out\n"
     done = await call("import", "out", "--json")

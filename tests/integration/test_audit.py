@@ -28,7 +28,7 @@ from app.redis_sessions.scan import scan_sessions
 from app.tasks import stop
 from tests.contract.suite import until
 from tests.factories import guide_value, new_append, new_row
-from tests.integration.processes import command, environment, run
+from tests.integration.processes import called, command, environment
 from tests.stores import new_hybrid
 
 pytestmark = pytest.mark.anyio
@@ -711,7 +711,7 @@ async def test_an_outage_in_the_middle_of_a_walk_is_that_outage(hand, hybrid):
 @pytest.fixture
 def call(tmp_path, database_url, servers, state):
     urls = {"DATABASE_URL": database_url, "REDIS_URL": servers.redis_url}
-    return lambda words, **settings: run(*words.split(), cwd=tmp_path, **urls | settings)
+    return lambda words, **settings: called(*words.split(), cwd=tmp_path, **urls | settings)
 
 
 async def calling(call, words, **settings):
