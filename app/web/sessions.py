@@ -177,7 +177,9 @@ def _source(source: object) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InRedis:
-    """What stands in Redis. `state`: trusted, stale (compared with PostgreSQL at the next read), owner, guide, foreign."""
+    """What stands in Redis. `state`: trusted; dirty (a write has not published), stale (of another epoch) and untrusted (no
+    lease now), which are compared with PostgreSQL at the next read; owner, guide, foreign.
+    """
 
     state: str
     ttl_seconds: int
@@ -212,8 +214,12 @@ def _standing(runtime: Runtime, value: object) -> str:
         return "foreign"
     if value.owner == "redis":
         return "owner"
+    if value.dirty:
+        return "dirty"
     state = runtime.stores.lease.current() if runtime.stores is not None else None
-    return "trusted" if state is not None and value.epoch == state.epoch and not value.dirty else "stale"
+    if state is None:
+        return "untrusted"
+    return "trusted" if value.epoch == state.epoch else "stale"
 
 
 @router.get("/sessions/{session_id}")

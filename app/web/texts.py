@@ -356,7 +356,18 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     "transcript.redis.none": ("Not now", "Hiện không"),
     "transcript.redis.out": ("No answer", "Không trả lời"),
     "transcript.redis.trusted": ("Trusted copy", "Bản sao đáng tin"),
-    "transcript.redis.stale": ("Copy, compared at the next read", "Bản sao, sẽ đối chiếu ở lần đọc tới"),
+    "transcript.redis.dirty": (
+        "Dirty copy, compared at the next read",
+        "Bản sao bẩn, sẽ đối chiếu ở lần đọc tới",
+    ),
+    "transcript.redis.stale": (
+        "Copy of another epoch, compared at the next read",
+        "Bản sao của kỷ nguyên khác, sẽ đối chiếu ở lần đọc tới",
+    ),
+    "transcript.redis.untrusted": (
+        "Copy, Redis is not trusted now",
+        "Bản sao, hiện không tin Redis",
+    ),
     "transcript.redis.owner": ("Owned by Redis", "Thuộc Redis"),
     "transcript.redis.guide": ("In the guide's format", "Theo định dạng cũ"),
     "transcript.redis.foreign": ("Something else", "Dữ liệu lạ"),

@@ -11,6 +11,7 @@ from sqlalchemy import text
 
 from app.analytics.browse import browse_sessions, listing
 from app.chat import utc_now
+from app.redis_sessions.codec import FIELDS
 from app.redis_sessions.keys import session_key
 from app.store import Cursor
 from app.web.sessions import CHARACTERS_SHOWN, MESSAGES_OF_PAGE, SESSIONS_OF_PAGE
@@ -210,6 +211,27 @@ async def test_a_look_at_redis_tells_how_long_it_lives_before_it_is_read(api, re
     _, html = await page(api, f"/sessions/{id_of(session)}")
     assert "Redis Something else" in html.text
     await redis_of.delete(key)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [("pending", "0000000009", "Dirty copy"), ("epoch", "f" * 16, "Copy of another epoch")],
+)
+async def test_a_copy_that_is_not_to_be_believed_is_told_from_a_trusted_one(
+    api, redis_of, field, value, said
+):
+    session = await api.new_session("An")
+    await api.record(session, "a")
+    await api.get(f"{session}/history")
+    _, html = await page(api, f"/sessions/{id_of(session)}")
+    assert "Redis Trusted copy" in html.text
+
+    await redis_of.setrange(session_key(id_of(session)), FIELDS[field][0], value)
+    _, html = await page(api, f"/sessions/{id_of(session)}")
+    assert f"Redis {said}, compared at the next read" in html.text
+    # It was: that look has read it.
+    _, html = await page(api, f"/sessions/{id_of(session)}")
+    assert "Redis Trusted copy" in html.text
 
 
 @pytest.fixture
