@@ -1,5 +1,6 @@
 """Parquet with zstd. Needs the extra `export`: nothing is imported before it is asked for."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ _ROWS_AT_ONCE = 1000
 
 
 def _pyarrow() -> Any:
+    # The one that gives all of it back when asked. Only the environment sets what the writer takes, too.
+    os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
     try:
         import pyarrow as pa  # noqa: PLC0415 - an extra, and 50 MB
         import pyarrow.csv  # noqa: PLC0415 - see above
@@ -21,8 +24,6 @@ def _pyarrow() -> Any:
             "Parquet needs pyarrow, which is not installed",
             hint="`pip install 'chat-sessions[export]'`, or `--format jsonl`, which needs nothing",
         ) from exc
-    # It gives memory back sooner: 15 MiB less at the peak.
-    pa.set_memory_pool(pa.system_memory_pool())
     return pa
 
 
@@ -88,7 +89,11 @@ class ParquetFile:
             pa.BufferReader(rows), read_options=read, parse_options=self._parse, convert_options=self._convert
         )
         self._writer.write_table(table.cast(self._schema))
-        return int(table.num_rows)
+        count = int(table.num_rows)
+        del table
+        # Else the allocator keeps it in pieces that the next row group does not fit: 100 MiB more at ten million rows.
+        self._pa.default_memory_pool().release_unused()
+        return count
 
     def close(self) -> None:
         self._writer.close()
