@@ -64,6 +64,12 @@ ORDER BY array_position(
 
 -- sessions_per_day --
 -- How many sessions were created on each day of the range; a day without any has 0.
+SELECT day::date AS day, coalesce(sessions, 0) AS sessions
+FROM generate_series(CAST(:first_day AS date)::timestamp, CAST(:end_day AS date) - interval '1 day', interval '1 day') AS days(day)
+LEFT JOIN analytics.messages_daily USING (day)
+ORDER BY day;
+
+-- sessions_per_day hours --
 WITH days AS (
     SELECT day::date
     FROM generate_series(
@@ -103,6 +109,22 @@ ORDER BY day;
 -- traffic --
 -- How many sessions were created in each period of the range, and how many messages were written: all, users' and
 -- assistant's. A period at the edge has what lies in the range.
+WITH periods AS (
+    SELECT DISTINCT date_trunc(:granularity, day) AS period
+    FROM generate_series(CAST(:first_day AS date)::timestamp, CAST(:end_day AS date) - interval '1 day', interval '1 day') AS days(day)
+), counted AS (
+    SELECT date_trunc(:granularity, day::timestamp) AS period, sum(sessions)::bigint AS sessions,
+           sum(messages)::bigint AS messages, sum(user_messages)::bigint AS user_messages, sum(answers)::bigint AS answers
+    FROM analytics.messages_daily
+    WHERE day >= :first_day AND day < :end_day
+    GROUP BY 1
+)
+SELECT period, coalesce(sessions, 0) AS sessions, coalesce(messages, 0) AS messages,
+       coalesce(user_messages, 0) AS user_messages, coalesce(answers, 0) AS bot_messages
+FROM periods LEFT JOIN counted USING (period)
+ORDER BY period;
+
+-- traffic hours --
 WITH periods AS (
     SELECT DISTINCT date_trunc(:granularity, at, :timezone) AS at
     FROM (
@@ -177,7 +199,34 @@ ORDER BY 1, 2;
 -- How many messages each role wrote in the range, and their percentage of all; most first.
 WITH counted AS (
     SELECT coalesce(sum(user_messages), 0)::bigint AS users, coalesce(sum(answers), 0)::bigint AS answers,
-           coalesce(sum(other_messages), 0) AS others
+           coalesce(sum(other_messages), 0)::bigint AS others
+    FROM analytics.messages_daily
+    WHERE day >= :first_day AND day < :end_day
+), roles AS (
+    SELECT 'user' AS role, users AS messages FROM counted
+    UNION ALL
+    SELECT 'assistant', answers FROM counted
+    UNION ALL
+    -- Not read where there are none, which is the rule. The limit is far above the number of roles: it only holds the reading
+    -- back, and the workers that would help with it, until it is known whether there is anything to read.
+    SELECT other.role, other.messages
+    FROM (SELECT others FROM counted WHERE others > 0) needed
+    CROSS JOIN LATERAL (
+        SELECT role, count(*) AS messages FROM analytics.messages
+        WHERE created_at >= :since AND created_at < :until AND role NOT IN ('user', 'assistant')
+        GROUP BY role
+        LIMIT needed.others + 100
+    ) other
+)
+SELECT role, messages, (100.0 * messages / sum(messages) OVER ())::double precision AS percent
+FROM roles
+WHERE messages > 0
+ORDER BY messages DESC, role;
+
+-- messages_by_role hours --
+WITH counted AS (
+    SELECT coalesce(sum(user_messages), 0)::bigint AS users, coalesce(sum(answers), 0)::bigint AS answers,
+           coalesce(sum(other_messages), 0)::bigint AS others
     FROM analytics.messages_hourly AS t(at)
     WHERE at >= :since AND at < :until
 ), roles AS (
@@ -185,11 +234,14 @@ WITH counted AS (
     UNION ALL
     SELECT 'assistant', answers FROM counted
     UNION ALL
-    -- Not read where there are none, which is the rule.
-    SELECT role, count(*) FROM analytics.messages
-    WHERE (SELECT others FROM counted) > 0 AND created_at >= :since AND created_at < :until
-      AND role NOT IN ('user', 'assistant')
-    GROUP BY role
+    SELECT other.role, other.messages
+    FROM (SELECT others FROM counted WHERE others > 0) needed
+    CROSS JOIN LATERAL (
+        SELECT role, count(*) AS messages FROM analytics.messages
+        WHERE created_at >= :since AND created_at < :until AND role NOT IN ('user', 'assistant')
+        GROUP BY role
+        LIMIT needed.others + 100
+    ) other
 )
 SELECT role, messages, (100.0 * messages / sum(messages) OVER ())::double precision AS percent
 FROM roles
@@ -259,24 +311,22 @@ WHERE role = 'assistant' AND created_at >= :since AND created_at < :until
 -- response_time_percentiles --
 -- How long the assistant's answers of each period of the range took, over those that say so: what 50, 75, 90, 95 and 99 % do
 -- not exceed, within 2.5 %; interpolated where read from messages. A period without any is left out.
-WITH counted AS (
-    SELECT date_trunc(:granularity, day::timestamp) AS period, bucket, about_ms, sum(answers) AS answers
+WITH running AS (
+    -- Whole numbers as double precision, which is exact: numeric would take twice as long.
+    SELECT date_trunc(:granularity, day::timestamp) AS period, about_ms,
+           100 * sum(answers::double precision) OVER (PARTITION BY date_trunc(:granularity, day::timestamp) ORDER BY bucket) AS so_far,
+           sum(answers::double precision) OVER (PARTITION BY date_trunc(:granularity, day::timestamp)) AS total
     FROM analytics.response_times_daily
     WHERE day >= :first_day AND day < :end_day
-    GROUP BY 1, 2, 3
-), running AS (
-    SELECT period, about_ms, sum(answers) OVER (PARTITION BY period ORDER BY bucket) AS so_far,
-           sum(answers) OVER (PARTITION BY period) AS total
-    FROM counted
 )
-SELECT period, total::bigint AS timed_answers,
-       min(about_ms) FILTER (WHERE so_far >= 0.5 * total) AS p50_ms,
-       min(about_ms) FILTER (WHERE so_far >= 0.75 * total) AS p75_ms,
-       min(about_ms) FILTER (WHERE so_far >= 0.9 * total) AS p90_ms,
-       min(about_ms) FILTER (WHERE so_far >= 0.95 * total) AS p95_ms,
-       min(about_ms) FILTER (WHERE so_far >= 0.99 * total) AS p99_ms
+SELECT period, min(total)::bigint AS timed_answers,
+       min(about_ms) FILTER (WHERE so_far >= 50 * total) AS p50_ms,
+       min(about_ms) FILTER (WHERE so_far >= 75 * total) AS p75_ms,
+       min(about_ms) FILTER (WHERE so_far >= 90 * total) AS p90_ms,
+       min(about_ms) FILTER (WHERE so_far >= 95 * total) AS p95_ms,
+       min(about_ms) FILTER (WHERE so_far >= 99 * total) AS p99_ms
 FROM running
-GROUP BY period, total
+GROUP BY period
 ORDER BY period;
 
 -- response_time_percentiles hours --
@@ -411,10 +461,12 @@ FROM analytics.session_quantiles('messages', :first_day, :end_day);
 -- How many sessions created in the range reach so many messages of the user, their share of all, and how many of those that end
 -- there have the user's as their last message.
 WITH counted AS (
-    SELECT turns, sum(sessions) AS sessions, sum(abandoned_sessions)::bigint AS abandoned_sessions
-    FROM analytics.session_turns_daily
-    WHERE day >= :first_day AND day < :end_day
-    GROUP BY turns
+    -- Both measures at once: the view session_turns_daily joins them, day by day.
+    SELECT bucket AS turns, sum(sessions) FILTER (WHERE measure = 'turns') AS sessions,
+           coalesce(sum(sessions) FILTER (WHERE measure = 'abandoned_turns'), 0)::bigint AS abandoned_sessions
+    FROM analytics.session_measures_daily
+    WHERE measure IN ('turns', 'abandoned_turns') AND day >= :first_day AND day < :end_day
+    GROUP BY bucket
 )
 SELECT turns, (sum(sessions) OVER (ORDER BY turns DESC))::bigint AS sessions,
        (sum(sessions) OVER (ORDER BY turns DESC) / sum(sessions) OVER ())::double precision AS share, abandoned_sessions
