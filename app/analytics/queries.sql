@@ -30,9 +30,20 @@ WITH ranges(which, first_day, end_day) AS (
     ) written
     CROSS JOIN LATERAL (
         SELECT coalesce(sum(users), 0)::double precision AS active_users
-        FROM analytics.user_visits
-        WHERE grain = 'day' AND period >= r.first_day AND period < r.end_day
-          AND (previous_period IS NULL OR previous_period < r.first_day)
+        FROM (
+            SELECT active_users AS users
+            FROM analytics.users_lifecycle
+            WHERE grain = 'day' AND period >= r.first_day AND period < r.end_day
+            UNION ALL
+            -- Who wrote on an earlier day of the range was counted there. Those are few, all who came back are not.
+            SELECT -again
+            FROM generate_series(1, r.end_day - r.first_day - 1) AS later(n)
+            CROSS JOIN LATERAL (
+                SELECT sum(users) AS again
+                FROM analytics.user_visits
+                WHERE grain = 'day' AND period = r.first_day + n AND gap_or_0 BETWEEN 1 AND n
+            ) v
+        ) days
     ) visited
     CROSS JOIN LATERAL (
         SELECT min(about_ms) FILTER (WHERE so_far >= 0.95 * total) AS p95_ms
@@ -550,9 +561,20 @@ FROM (
 ) created
 CROSS JOIN (
     SELECT coalesce(sum(users), 0)::bigint AS users
-    FROM analytics.user_visits
-    WHERE grain = 'day' AND period >= :first_day AND period < :end_day
-      AND (previous_period IS NULL OR previous_period < :first_day)
+    FROM (
+        SELECT active_users AS users
+        FROM analytics.users_lifecycle
+        WHERE grain = 'day' AND period >= :first_day AND period < :end_day
+        UNION ALL
+        -- Who wrote on an earlier day of the range was counted there.
+        SELECT -again
+        FROM generate_series(1, CAST(:end_day AS date) - CAST(:first_day AS date) - 1) AS later(n)
+        CROSS JOIN LATERAL (
+            SELECT sum(users) AS again
+            FROM analytics.user_visits
+            WHERE grain = 'day' AND period = CAST(:first_day AS date) + n AND gap_or_0 BETWEEN 1 AND n
+        ) v
+    ) days
 ) visited;
 
 -- retention --

@@ -682,6 +682,15 @@ class TestSources:
             name for name in PLAIN if (await run(database, name, **span)).source == "roll-ups"
         } == rolled_up
 
+    @pytest.mark.parametrize("name", ["summary", "sessions_per_user"])
+    async def test_of_users_who_came_back_only_those_of_the_range_are_read(self, database, name):
+        found = await run(database, name, since=date(2026, 3, 8), until=date(2026, 3, 15))
+
+        lines = await explained(database, found.sql, "enable_seqscan = off", "enable_bitmapscan = off")
+
+        [read] = [line for line in lines if line.startswith("Index Cond:") and "gap" in line]
+        assert "(gap >= 1) AND (gap <= " in read
+
     @pytest.mark.parametrize("name", PLAIN)
     async def test_a_user_and_a_cut_range_are_read_from_the_messages(self, database, name):
         cut = {"since": SINCE + 90 * MOMENT, "until": UNTIL}

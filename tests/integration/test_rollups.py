@@ -149,10 +149,13 @@ PLAIN = {
         WITH visits AS (
             SELECT *, lag(period) OVER (PARTITION BY grain, user_id ORDER BY period) AS previous FROM ({_PERIODS}) p
         )
-        SELECT grain, period, CASE grain WHEN 'day' THEN period - previous WHEN 'week' THEN (period - previous) / 7
-               ELSE (extract(year FROM age(period, previous)) * 12 + extract(month FROM age(period, previous)))::int
-               END AS gap, previous, count(*)
-        FROM visits GROUP BY grain, period, previous""",
+        SELECT grain, period, gap, previous, count(*), coalesce(gap, 0)
+        FROM visits CROSS JOIN LATERAL (
+            SELECT CASE grain WHEN 'day' THEN period - previous WHEN 'week' THEN (period - previous) / 7
+                   ELSE (extract(year FROM age(period, previous)) * 12 + extract(month FROM age(period, previous)))::int
+                   END AS gap
+        ) g
+        GROUP BY grain, period, gap, previous""",
     "users_lifecycle": f"""
         WITH periods AS ({_PERIODS}), steps AS (
             SELECT grain, user_id, period, 'active' AS what FROM periods
