@@ -14,8 +14,9 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -72,37 +73,67 @@ async def count(url: str) -> None:
         print(f"counted {counted:,} sessions in {time.monotonic() - began:,.0f} s", flush=True)
 
 
-async def measure(url: str, rounds: int, *, plain_too: bool) -> dict[str, tuple[float, float | None]]:
-    """By report or panel: its median in seconds, and that of the plain query where there is one."""
+@dataclass(frozen=True, slots=True)
+class _Archive:
+    """An archive, and the 90 days that are asked of it."""
+
+    database: Database
+    conn: Any
+    since: datetime
+    until: datetime
+
+
+@asynccontextmanager
+async def _opened(url: str) -> AsyncIterator[_Archive]:
     database = Database(create_engine(url, application_name="benchmark", pool_size=1))
     try:
         async with connected(url) as conn:
             last: datetime = await conn.fetchval("SELECT max(created_at) FROM chat.chat_messages")
             until = last.astimezone(ZoneInfo(_ZONE)).replace(hour=0, minute=0, second=0, microsecond=0)
-            since = until - timedelta(days=_DAYS)
-            found = {}
-            for name in reports.REPORTS:
-                taken = await _median(_report(database, name, since, until), rounds)
-                plain = reports.REPORTS[name].plain
-                control = (
-                    await _median(_plain(database, plain, since, until), 3) if plain and plain_too else None
-                )
-                found[name] = taken, control
-            for title, sql in panels(since, until).items():
-                found[f"panel: {title}"] = await _median(_fetch(conn, sql), rounds), None
-        return found
+            yield _Archive(database, conn, until - timedelta(days=_DAYS), until)
     finally:
         await database.close()
 
 
-async def _median(call: Callable[[], Awaitable[Any]], rounds: int) -> float:
-    taken = []
-    # The first one loads the pages.
-    for _ in range(rounds + 1):
-        began = time.perf_counter()
-        await call()
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken[1:])
+async def measure(urls: Mapping[int, str], rounds: int) -> dict[int, dict[str, tuple[float, float | None]]]:
+    """By messages of the archive, by report or panel: its median in seconds; of the largest, the plain query's, too."""
+    found: dict[int, dict[str, tuple[float, float | None]]] = {messages: {} for messages in urls}
+    async with AsyncExitStack() as opened:
+        archives = {
+            messages: await opened.enter_async_context(_opened(url)) for messages, url in urls.items()
+        }
+        largest = archives[max(archives)]
+        for name, query in reports.REPORTS.items():
+            plain = None
+            if query.plain:
+                call = _plain(largest.database, query.plain, largest.since, largest.until)
+                plain = (await _medians({0: call}, 3))[0]
+            calls = {
+                messages: _report(one.database, name, one.since, one.until)
+                for messages, one in archives.items()
+            }
+            for messages, seconds in (await _medians(calls, rounds)).items():
+                found[messages][name] = seconds, plain
+        statements = {messages: panels(one.since, one.until) for messages, one in archives.items()}
+        for title in statements[max(archives)]:
+            calls = {
+                messages: _fetch(one.conn, statements[messages][title]) for messages, one in archives.items()
+            }
+            for messages, seconds in (await _medians(calls, rounds)).items():
+                found[messages][f"panel: {title}"] = seconds, None
+    return found
+
+
+async def _medians(calls: Mapping[int, Callable[[], Awaitable[Any]]], rounds: int) -> dict[int, float]:
+    """What is compared takes turns: whatever else the machine does, it does to each."""
+    taken: dict[int, list[float]] = {key: [] for key in calls}
+    # The first round loads the pages.
+    for number in range(rounds + 1):
+        for key in calls if number % 2 == 0 else reversed(calls):
+            began = time.perf_counter()
+            await calls[key]()
+            taken[key].append(time.perf_counter() - began)
+    return {key: statistics.median(its[1:]) for key, its in taken.items()}
 
 
 def _report(database: Database, name: str, since: datetime, until: datetime) -> Callable[[], Awaitable[Any]]:
@@ -224,15 +255,12 @@ def main() -> int:
     wanted = parser.parse_args()
     with served(wanted.data_dir) as servers:
         assert servers.database_url is not None
-        found = {}
+        urls = {}
         for messages in sorted(wanted.messages):
-            url = archive_of(servers.database_url, messages)
+            urls[messages] = url = archive_of(servers.database_url, messages)
             upgrade(url)
             asyncio.run(count(url))
-            found[messages] = asyncio.run(
-                measure(url, wanted.rounds, plain_too=messages == max(wanted.messages))
-            )
-        _print(found)
+        _print(asyncio.run(measure(urls, wanted.rounds)))
         if wanted.seconds:
             taken = asyncio.run(lags(url, wanted.seconds))
             print(
