@@ -216,15 +216,27 @@ class BoundedRedis:
         caller began to wait, on the clock of `time.monotonic`; else now. Waiting while Redis answers others does not
         count, nor does waiting for a place, first come, first served.
         """
-        if urgent:
-            async with self._step(urgent=True, since=since) as redis:
-                yield redis
-        else:
-            async with self._places, self._step(urgent=False, since=since) as redis:
-                yield redis
+        if not urgent:
+            await self._places.acquire()
+        try:
+            async with asyncio.timeout(self._time_left(urgent=urgent, since=since)):
+                yield self.redis
+        except ResponseError as exc:
+            if isinstance(exc, ReadOnlyError):
+                self._note_outage(exc)
+            raise refusal(exc) from exc
+        except _OtherRedis as exc:
+            raise CacheMoved(exc.identity) from exc
+        except SOCKET_ERRORS as exc:
+            self._note_outage(exc)
+            raise CacheOutage(f"redis: {str(exc) or type(exc).__name__}") from exc
+        finally:
+            if not urgent:
+                self._places.release()
+        self._note_answer()
 
-    @asynccontextmanager
-    async def _step(self, *, urgent: bool, since: float | None) -> AsyncIterator[Redis]:
+    def _time_left(self, *, urgent: bool, since: float | None) -> float:
+        """How long Redis may take now, in seconds. Raises `CacheOutage` where that is over already."""
         now = time.monotonic()
         if not urgent and now < self._out_until:
             raise CacheOutage("redis was out a moment ago")
@@ -236,19 +248,7 @@ class BoundedRedis:
             late = TimeoutError("no answer in time")
             self._note_outage(late)
             raise CacheOutage(f"redis: {late}")
-        try:
-            async with asyncio.timeout(self._timeout_seconds - waited):
-                yield self.redis
-        except ResponseError as exc:
-            if isinstance(exc, ReadOnlyError):
-                self._note_outage(exc)
-            raise refusal(exc) from exc
-        except _OtherRedis as exc:
-            raise CacheMoved(exc.identity) from exc
-        except SOCKET_ERRORS as exc:
-            self._note_outage(exc)
-            raise CacheOutage(f"redis: {str(exc) or type(exc).__name__}") from exc
-        self._note_answer()
+        return self._timeout_seconds - waited
 
     async def identity(self) -> str:
         """Which Redis answers now, asked on a connection made for this. Raises `CacheMoved` for a replica."""
