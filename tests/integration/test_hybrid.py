@@ -1393,11 +1393,16 @@ async def test_a_write_is_refused_after_so_many_changes_of_the_epoch(
 ) -> None:
     hybrid = make_hybrid(lease=Lease(seconds=0.05))
     session_id = await new_session(hybrid.store, "a")
-    appending = asyncio.create_task(hybrid.store.append(new_append(session_id, "b")))
 
-    while not appending.done():
+    async def change() -> None:
         state = await keeper.read()
         await keeper.change(state, replace(state, settled=False))
+
+    # Once before it begins: else it may be faster than the first change.
+    await change()
+    appending = asyncio.create_task(hybrid.store.append(new_append(session_id, "b")))
+    while not appending.done():
+        await change()
 
     with pytest.raises(DurableStoreUnavailable, match="held for too long"):
         await appending
