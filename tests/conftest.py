@@ -82,14 +82,20 @@ async def database_url(servers: Servers, anyio_backend: str) -> AsyncIterator[st
         yield url
 
 
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    """The migrated database, empty, in mode hybrid; nobody may trust Redis."""
+@pytest.fixture(scope="session")
+async def connections(database_url: str) -> AsyncIterator[Database]:
+    """The connections of all tests: a new one reads PostgreSQL's catalogs anew, which takes longer than most tests."""
     database = Database(create_engine(database_url, application_name="tests"))
-    await empty(database)
-    await claim_state(database, redis_only=None)
     yield database
     await database.close()
+
+
+@pytest.fixture
+async def database(connections: Database) -> Database:
+    """The migrated database, empty, in mode hybrid; nobody may trust Redis."""
+    await empty(connections)
+    await claim_state(connections, redis_only=None)
+    return connections
 
 
 @pytest.fixture
