@@ -115,8 +115,9 @@ CALLED_ONLY_IN = {
     "Settings": {"app/settings.py"},
 }
 
-# where the environment may be read; app/embedded.py looks for programs on PATH, as a shell does
-ENVIRONMENT_IN = {"app/settings.py", "app/embedded.py"}
+# where the environment may be read; app/embedded.py looks for programs on PATH, as a shell does, and pyarrow is told
+# its allocator there alone
+ENVIRONMENT_IN = {"app/settings.py", "app/embedded.py", "app/archive/parquet.py"}
 ENVIRONMENT = {"os.environ", "os.environb", "os.getenv", "os.getenvb", "os.get_exec_path"}
 
 
