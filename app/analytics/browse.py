@@ -1,15 +1,27 @@
 """Sessions of everybody, newest first, for who looks through the archive."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
-from sqlalchemy import TextClause, text
+import asyncpg
 
 from app.chat import ChatSession, SessionStatus, utc_now
 from app.postgres.engine import Database
 from app.store import Cursor
 
 _COLUMNS = "SELECT session_id, user_id, created_at, last_activity, message_count FROM chat.chat_sessions"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Browsed:
+    """A page of a list, and the places at which the pages beside it begin: `newer` is None on the first, `older` on the last."""
+
+    sessions: tuple[ChatSession, ...]
+    newer: Cursor | None
+    older: Cursor | None
 
 
 async def browse_sessions(
@@ -22,22 +34,46 @@ async def browse_sessions(
     ttl_seconds: int,
     limit: int,
     after: Cursor | None = None,
-) -> tuple[tuple[ChatSession, ...], Cursor | None]:
-    """A page of the sessions created from `since` on and before `until`, and where the next page begins.
+    before: Cursor | None = None,
+) -> Browsed:
+    """A page of the sessions created from `since` on and before `until`: the newest, those `after` a place in the list, or
+    those right `before` one. Where less than a page is before it, the first page: that one is always as full as it can be.
 
     Keyset: nothing is given twice when sessions are made meanwhile, and page 10,000 costs what the first one does.
     Active: created or appended to within `ttl_seconds`.
     """
-    asked, values = listing(
-        user_id=user_id, since=since, until=until, status=status, ttl_seconds=ttl_seconds, after=after
+    asked = partial(
+        listing,
+        user_id=user_id,
+        since=since,
+        until=until,
+        status=status,
+        ttl_seconds=ttl_seconds,
+        limit=limit + 1,
     )
-    async with database.core() as conn:
-        rows = (await conn.execute(asked, values | {"limit": limit + 1})).all()
-    sessions = tuple(ChatSession(**row._mapping) for row in rows[:limit])  # noqa: SLF001 - its documented name
-    more = len(rows) > limit
-    return sessions, Cursor(
-        created_at=sessions[-1].created_at, session_id=sessions[-1].session_id
-    ) if more else None
+    async with database.connection() as conn:
+        if before is not None:
+            statement, values = asked(before=before)
+            rows = await conn.fetch(statement, *values)
+            if len(rows) > limit:
+                page = _sessions(rows[:limit][::-1])
+                return Browsed(sessions=page, newer=_place(page[0]), older=_place(page[-1]))
+        statement, values = asked(after=after)
+        rows = await conn.fetch(statement, *values)
+    page = _sessions(rows[:limit])
+    return Browsed(
+        sessions=page,
+        newer=_place(page[0]) if after is not None and page else None,
+        older=_place(page[-1]) if len(rows) > limit else None,
+    )
+
+
+def _sessions(rows: Sequence[asyncpg.Record]) -> tuple[ChatSession, ...]:
+    return tuple(ChatSession(**row) for row in rows)
+
+
+def _place(session: ChatSession) -> Cursor:
+    return Cursor(created_at=session.created_at, session_id=session.session_id)
 
 
 def listing(
@@ -47,26 +83,27 @@ def listing(
     until: datetime | None = None,
     status: SessionStatus = "all",
     ttl_seconds: int,
+    limit: int,
     after: Cursor | None = None,
-) -> tuple[TextClause, dict[str, Any]]:
-    """The statement with what it is asked for, but for its `limit`."""
-    active_since = utc_now() - timedelta(seconds=ttl_seconds)
-    conditions: dict[str, dict[str, Any]] = {}
+    before: Cursor | None = None,
+) -> tuple[str, list[Any]]:
+    """The statement, and the values of its parameters. Newest first; `before` a place: the nearest to it first."""
+    conditions: dict[str, tuple[Any, ...]] = {}
     if user_id is not None:
-        conditions["user_id = :user_id"] = {"user_id": user_id}
+        conditions["user_id = {}"] = (user_id,)
     if since is not None:
-        conditions["created_at >= :since"] = {"since": since}
+        conditions["created_at >= {}"] = (since,)
     if until is not None:
-        conditions["created_at < :until"] = {"until": until}
+        conditions["created_at < {}"] = (until,)
     if status != "all":
         compared = ">" if status == "active" else "<="
-        conditions[f"last_activity {compared} :active_since"] = {"active_since": active_since}
+        conditions[f"last_activity {compared} {{}}"] = (utc_now() - timedelta(seconds=ttl_seconds),)
     if after is not None:
-        conditions["(created_at, session_id) < (:created_at, :session_id)"] = {
-            "created_at": after.created_at,
-            "session_id": after.session_id,
-        }
+        conditions["(created_at, session_id) < ({}, {})"] = (after.created_at, after.session_id)
+    if before is not None:
+        conditions["(created_at, session_id) > ({}, {})"] = (before.created_at, before.session_id)
+    values = [limit, *(value for given in conditions.values() for value in given)]
     where = f" WHERE {' AND '.join(conditions)}" if conditions else ""
-    asked = text(f"{_COLUMNS}{where} ORDER BY created_at DESC, session_id DESC LIMIT :limit")
-    values = {name: value for given in conditions.values() for name, value in given.items()}
-    return asked, values
+    numbered = where.format(*(f"${number}" for number in range(2, len(values) + 1)))
+    way = "DESC" if before is None else "ASC"
+    return f"{_COLUMNS}{numbered} ORDER BY created_at {way}, session_id {way} LIMIT $1", values

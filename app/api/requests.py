@@ -293,12 +293,15 @@ async def cursor_of(
         ),
     ] = None,
 ) -> Cursor | None:
-    if after is None:
+    return place_of(after, "query.after")
+
+
+def place_of(text: str | None, path: str) -> Cursor | None:
+    """What `cursor_text` has written. Raises `RequestRefused` that names `path` for anything else."""
+    if text is None:
         return None
-    if not (place := _CURSOR.fullmatch(after)):
-        raise refused_field(
-            "unknown_cursor", "query.after", "is no cursor of ours: take it from `next` of a page"
-        )
+    if not (place := _CURSOR.fullmatch(text)):
+        raise refused_field("unknown_cursor", path, "is no cursor of ours: take it from `next` of a page")
     milliseconds = int(place[1])
     moment = datetime.fromtimestamp(milliseconds // 1000, UTC)
     return Cursor(

@@ -18,8 +18,8 @@ from starlette.responses import RedirectResponse
 from app.analytics.browse import browse_sessions
 from app.analytics.search import DEFAULT_RANGE, Hit
 from app.api.analytics import search_cursor, search_page
-from app.api.problems import RequestRefused
-from app.api.requests import Served, cursor_of, cursor_text, only_user
+from app.api.problems import RequestRefused, refused_field
+from app.api.requests import Served, cursor_text, only_user, place_of
 from app.api.sessions import SEQ_MAX
 from app.chat import ChatSession, SessionStatus
 from app.coherence.ports import CacheOutage, Entry, GuideEntry
@@ -54,14 +54,18 @@ async def sessions(
     status: SessionStatus = "all",
     words: Annotated[str, Query(max_length=200)] = "",
     after: str | None = None,
+    before: str | None = None,
     deleted: UUID | None = None,
 ) -> Response:
+    if after is not None and before is not None:
+        raise refused_field("contradicting_parameters", "query.before", "is another way than query.after")
     user = await only_user(runtime, user_id or None)
     asked = {name: request.query_params.get(name) for name in ("user_id", "from", "to", "status", "words")}
     state = {name: value for name, value in asked.items() if value}
-    found: list[ChatSession] = []
+    found: Sequence[ChatSession] = ()
     hits: list[tuple[Hit, list[tuple[str, bool]]]] = []
-    following: str | None = None
+    newer: str | None = None
+    older: str | None = None
     searched_from = None
     partial = False
     if words.strip() and runtime.database is not None:
@@ -77,9 +81,9 @@ async def sessions(
         )
         hits = [(hit, list(marked(hit))) for hit in page.hits]
         partial = page.partial
-        following = search_cursor(searched_from, page.next) if page.next is not None else None
+        older = search_cursor(searched_from, page.next) if page.next is not None else None
     elif runtime.database is not None:
-        listed, place = await browse_sessions(
+        listed = await browse_sessions(
             runtime.database,
             user_id=user,
             since=since,
@@ -87,15 +91,18 @@ async def sessions(
             status=status,
             ttl_seconds=runtime.settings.session_ttl_seconds,
             limit=SESSIONS_OF_PAGE,
-            after=await cursor_of(after),
+            after=place_of(after, "query.after"),
+            before=place_of(before, "query.before"),
         )
-        found, following = list(listed), cursor_text(place) if place is not None else None
+        found = listed.sessions
+        newer = cursor_text(listed.newer) if listed.newer is not None else None
+        older = cursor_text(listed.older) if listed.older is not None else None
     elif user is not None:
         answer = await runtime.store.list_sessions(
-            user, status=status, limit=SESSIONS_OF_PAGE, after=await cursor_of(after)
+            user, status=status, limit=SESSIONS_OF_PAGE, after=place_of(after, "query.after")
         )
-        found = list(answer.sessions)
-        following = cursor_text(answer.next) if answer.next is not None else None
+        found = answer.sessions
+        older = cursor_text(answer.next) if answer.next is not None else None
     return render(
         request,
         "sessions.html",
@@ -103,9 +110,10 @@ async def sessions(
         default_days=DEFAULT_RANGE.days,
         deleted=deleted if deleted is not None and await _is_gone(runtime, deleted) else None,
         first=f"/sessions?{urlencode(state)}",
-        following=f"/sessions?{urlencode({**state, 'after': following})}" if following else None,
         hits=hits,
-        paged=after is not None,
+        newer=f"/sessions?{urlencode({**state, 'before': newer})}" if newer else None,
+        older=f"/sessions?{urlencode({**state, 'after': older})}" if older else None,
+        paged=after is not None or newer is not None,
         partial=partial,
         searched=bool(words.strip()),
         searched_from=searched_from,

@@ -338,6 +338,7 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     "sessions.none.advice": ("The first message makes one.", "Tin nhắn đầu tiên sẽ tạo một phiên."),
     "sessions.pages": ("Pages", "Các trang"),
     "sessions.newest": ("Newest", "Mới nhất"),
+    "sessions.newer": ("Newer", "Mới hơn"),
     "sessions.older": ("Older", "Cũ hơn"),
     "transcript.title": ("Session", "Phiên"),
     "transcript.continue": ("Continue it", "Trò chuyện tiếp"),

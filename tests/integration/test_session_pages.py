@@ -7,7 +7,6 @@ from uuid import UUID
 
 import pytest
 from redis.asyncio import Redis
-from sqlalchemy import text
 
 from app.analytics.browse import browse_sessions, listing
 from app.chat import utc_now
@@ -66,6 +65,36 @@ async def test_sessions_of_everybody_are_listed_newest_first_in_pages(api, datab
     assert len(listed) == len(set(listed))
 
 
+async def test_a_list_is_read_back_page_by_page_to_the_newest_whatever_is_made_meanwhile(api):
+    async def listed(path):
+        _, html = await page(api, path)
+        ids = [one.rpartition("/")[2] for one in links(html) if one.startswith("/sessions/")]
+        return ids, {one["rel"]: one["href"] for one in html.of("a") if "rel" in one}
+
+    made = [id_of(await api.new_session("back")) for _ in range(2 * SESSIONS_OF_PAGE + 1)][::-1]
+    first, second, third = made[:SESSIONS_OF_PAGE], made[SESSIONS_OF_PAGE:-1], made[-1:]
+
+    found, ways = await listed("/sessions?user_id=back")
+    assert (found, set(ways)) == (first, {"next"})
+    found, ways = await listed(ways["next"])
+    assert (found, set(ways)) == (second, {"next", "prev"})
+    found, ways = await listed(ways["next"])
+    assert (found, set(ways)) == (third, {"prev"})
+
+    found, ways = await listed(ways["prev"])
+    assert (found, set(ways)) == (second, {"next", "prev"})
+    back, forth = ways["prev"], ways["next"]
+    assert (await listed(forth))[0] == third
+    found, ways = await listed(back)
+    assert (found, set(ways)) == (first, {"next"})
+    # Three more: the page before the second is still the one next to it, and the first is a whole one.
+    more = [id_of(await api.new_session("back")) for _ in range(3)][::-1]
+    found, ways = await listed(back)
+    assert (found, set(ways)) == (first, {"next", "prev"})
+    found, ways = await listed(ways["prev"])
+    assert (found, set(ways)) == ([*more, *first[:-3]], {"next"})
+
+
 async def test_a_list_is_of_one_user_one_time_and_one_status(api):
     mine = id_of(await api.new_session("Hà Nội"))
     today = utc_now().date()
@@ -103,6 +132,8 @@ async def test_words_lead_to_the_message_that_says_them(api):
     [
         ("?from=yesterday", "query.from"),
         ("?after=1.2.3", "query.after"),
+        ("?before=1.2.3", "query.before"),
+        (f"?after=1.{UUID(UNKNOWN).hex}&before=1.{UUID(UNKNOWN).hex}", "query.before"),
         ("?status=gone", "query.status"),
         ("?words=a", "query.q"),
         ("?words=ab&after=x", "query.after"),
@@ -137,20 +168,21 @@ async def test_without_a_database_a_list_is_one_users(settings):
     ],
     ids=["everybody", "a time", "one user"],
 )
-async def test_a_page_of_the_list_is_one_look_at_an_index(api, asked, index):
-    place = Cursor(created_at=utc_now(), session_id=UUID(UNKNOWN))
-    statement, values = listing(**asked, ttl_seconds=3600, after=place)
-    async with api.runtime.database.core() as conn:
+@pytest.mark.parametrize("way", ["after", "before"])
+async def test_a_page_of_the_list_is_one_look_at_an_index(api, asked, index, way):
+    place = Cursor(created_at=utc_now() - timedelta(minutes=1000), session_id=UUID(UNKNOWN))
+    statement, values = listing(**asked, ttl_seconds=3600, limit=51, **{way: place})
+    async with api.runtime.database.transaction() as conn:
         # Enough of them for an index to matter, whatever the tests before have left; they are not committed.
-        await conn.exec_driver_sql(
+        await conn.execute(
             "INSERT INTO chat.chat_sessions (session_id, user_id, created_at, last_activity) "
             "SELECT gen_random_uuid(), 'user ' || n, now() - n * interval '1 minute', now() FROM generate_series(1, 2000) n"
         )
-        await conn.exec_driver_sql("ANALYZE chat.chat_sessions")
+        await conn.execute("ANALYZE chat.chat_sessions")
         # A few rows are read, and sorted, faster than by their index. What has to be sorted is so all the same.
-        for way in ("seqscan", "bitmapscan", "sort"):
-            await conn.exec_driver_sql(f"SET LOCAL enable_{way} = off")
-        plan = await conn.execute(text(f"EXPLAIN {statement}"), values | {"limit": 51})
+        for slow in ("seqscan", "bitmapscan", "sort"):
+            await conn.execute(f"SET LOCAL enable_{slow} = off")
+        plan = await conn.fetch(f"EXPLAIN {statement}", *values)
         lines = "\n".join(row[0] for row in plan)
 
     assert index in lines
@@ -164,12 +196,12 @@ async def test_a_place_in_the_list_gives_nothing_twice_when_sessions_are_made_me
         )
 
     made = [id_of(await api.new_session("keyset")) for _ in range(3)]
-    first, place = await browse()
+    first = await browse()
     await api.new_session("keyset")
-    second, end = await browse(place)
+    second = await browse(first.older)
 
-    assert [str(one.session_id) for one in (*first, *second)] == made[::-1]
-    assert end is None
+    assert [str(one.session_id) for one in (*first.sessions, *second.sessions)] == made[::-1]
+    assert second.older is None
 
 
 # A transcript
