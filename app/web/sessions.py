@@ -263,6 +263,22 @@ async def transcript(
     )
 
 
+@router.get("/sessions/{session_id}/messages")
+async def older_messages(
+    request: Request, runtime: Served, session_id: SessionId, before: Annotated[int, Query(ge=1, le=SEQ_MAX)]
+) -> Response:
+    """The page of a transcript before one, for a script that puts it above that one."""
+    history = await runtime.store.read_history(session_id, max_messages=MESSAGES_OF_PAGE, before_seq=before)
+    return render(
+        request,
+        "transcript_messages.html",
+        at=None,
+        messages=[Shown.of(line) for line in history.lines],
+        older=history.next_before_seq,
+        session=history.session,
+    )
+
+
 # Deletion
 
 

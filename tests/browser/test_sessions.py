@@ -67,7 +67,76 @@ async def test_words_lead_to_the_message_and_back_through_the_pages(open_page, s
     await page.get_by_role("link", name="Newer messages").click()
     await page.locator("#m-104").wait_for()
     await page.get_by_role("link", name="Older messages").click()
-    await page.locator("#m-54").wait_for()
+    await page.locator("#m-5").wait_for()
+
+
+async def seqs(page):
+    return await page.locator("article.message").evaluate_all(
+        "(all) => all.map((one) => Number(one.id.slice(2)))"
+    )
+
+
+async def test_older_messages_come_above_and_what_is_read_stays_where_it_is(open_page, session):
+    page = await open_page(session)
+    address = page.url
+    assert await seqs(page) == list(range(71, 121))
+    for first, read in ((21, 71), (1, 21)):
+        message = page.locator(f"#m-{read}")
+        older = page.get_by_role("link", name="Older messages")
+        await older.scroll_into_view_if_needed()
+        before = (await message.bounding_box())["y"]
+        await older.focus()
+        await page.keyboard.press("Enter")
+        await page.locator(f"#m-{first}").wait_for()
+
+        assert await seqs(page) == list(range(first, 121))
+        assert abs((await message.bounding_box())["y"] - before) < 1
+    assert page.url == address
+    assert await page.locator("#m-1 time").inner_text() != await page.locator("#m-1 time").get_attribute(
+        "title"
+    )
+    await page.locator("#m-33 a.message-seq").click()
+    assert page.url.endswith("?at=33#m-33")
+    assert await page.locator(".message-marked").get_attribute("id") == "m-33"
+
+
+async def test_the_keyboard_stays_on_the_way_to_older_messages(open_page, session):
+    page = await open_page(session)
+    await page.get_by_role("link", name="Older messages").focus()
+    await page.keyboard.press("Enter")
+    await page.locator("#m-21").wait_for()
+
+    assert await page.evaluate("document.activeElement.id") == "older"
+
+
+async def test_without_scripts_older_messages_are_a_page_of_their_own(open_page, session):
+    page = await open_page(session, java_script_enabled=False)
+    await page.get_by_role("link", name="Older messages").click()
+
+    await page.locator("#m-21").wait_for()
+    assert "?before=71" in page.url
+
+
+async def test_a_click_for_another_tab_opens_one(open_page, session):
+    page = await open_page(session)
+    async with page.context.expect_page() as opened:
+        await page.get_by_role("link", name="Older messages").click(modifiers=["Control"])
+    other = await opened.value
+
+    await other.locator("#m-21").wait_for()
+    assert await seqs(page) == list(range(71, 121))
+
+
+@pytest.mark.usefixtures("complaints_expected")
+async def test_where_older_messages_can_not_be_had_the_page_says_why(open_page, client):
+    made = (await client.post("/sessions", params={"user_id": "goes"})).json()["session_id"]
+    body = {"messages": [{"role": "user", "content": str(seq)} for seq in range(60)]}
+    await client.post(f"/sessions/{made}/history", json=body)
+    page = await open_page(f"/sessions/{made}")
+    await client.delete(f"/sessions/{made}")
+    await page.get_by_role("link", name="Older messages").click()
+
+    await page.get_by_role("heading", name="There is nothing here").wait_for()
 
 
 async def test_the_time_to_live_counts_down(open_page, session):

@@ -319,6 +319,27 @@ async def test_a_long_transcript_is_read_page_by_page_and_around_a_message(api):
     assert f"{path}#said" in links(html)
 
 
+async def test_older_messages_are_to_be_had_as_a_part_of_a_page_down_to_the_first_one(api):
+    session = await api.new_session("parts")
+    await api.record(session, *(f"message {seq}." for seq in range(1, 91)))
+    _, html = await page(api, f"/sessions/{id_of(session)}")
+    [link] = [one for one in html.of("a") if "hx-get" in one]
+    part = await api.get(link["hx-get"])
+    assert part.status_code == 200
+    found = Html(part.text)
+
+    assert not found.of("html")
+    assert [one["id"] for one in found.of("article")] == [f"m-{seq}" for seq in range(1, 41)]
+    assert f"/sessions/{id_of(session)}?at=7#m-7" in links(found)
+    assert not [one for one in found.of("a") if "hx-get" in one]
+    # The same page, for who has no script.
+    _, html = await page(api, link["href"])
+    assert html.of("article") == found.of("article")
+    for path in (f"/sessions/{id_of(session)}/messages", f"/sessions/{id_of(session)}/messages?before=0"):
+        await page(api, path, status=422)
+    await page(api, f"/sessions/{UNKNOWN}/messages?before=9", status=404)
+
+
 async def test_a_transcript_of_100_000_messages_is_50_at_a_time_wherever_one_looks(settings):
     async with open_api(
         settings, append_messages_max=10_000, request_body_bytes_max=8 * 2**20, redis_timeout_ms=10_000

@@ -49,8 +49,27 @@
   document.addEventListener("htmx:load", (event) => showLocal(event.detail.elt));
   document.addEventListener("htmx:afterRequest", (event) => {
     // Not detail.elt: what has replaced itself is gone by now, and its place holder stands there.
-    if (event.detail.requestConfig.elt.hasAttribute("data-poll")) lost(!event.detail.successful);
+    const asked = event.detail.requestConfig.elt;
+    if (asked.hasAttribute("data-poll")) lost(!event.detail.successful);
+    // What a link can't get in place is gone to: the page there says what is the matter.
+    else if (asked.href && !event.detail.successful) location.assign(asked.href);
   });
+
+  // [data-grows]: what replaces it is longer, and what one reads stands below it: that stays where it is.
+  document.addEventListener("htmx:beforeSwap", (event) => {
+    const part = event.detail.target;
+    if (!event.detail.shouldSwap || !part.hasAttribute("data-grows")) return;
+    const below = part.nextElementSibling;
+    const top = () => below.getBoundingClientRect().top;
+    const before = top();
+    const stay = () => scrollBy({ top: top() - before, behavior: "instant" });
+    document.addEventListener("htmx:afterSwap", stay, { once: true });
+  });
+
+  // A click that opens a tab or a window of its own is the browser's, not htmx's.
+  document.addEventListener("click", (event) => {
+    if ((event.ctrlKey || event.metaKey || event.shiftKey) && event.target.closest("a[hx-get]")) event.stopPropagation();
+  }, true);
 
   // <button data-copy="id" hidden>: shown where it can work; says for a moment that it has.
   for (const button of document.querySelectorAll("button[data-copy]")) {
