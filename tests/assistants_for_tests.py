@@ -73,6 +73,12 @@ class Gated(Echo):
             gate.set()
 
 
+class Suggests(Echo):
+    """Can be asked about more than a page has room for."""
+
+    topics = (1, "one", "<b>two</b>", "three" * 15, "four")
+
+
 class TooLong(Echo):
     """Says more than a message may hold."""
 
@@ -84,4 +90,5 @@ echo = Echo
 fails_once = FailsOnce
 never_first = NeverFirst
 gated = Gated
+suggests = Suggests
 too_long = TooLong

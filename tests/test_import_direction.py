@@ -44,8 +44,8 @@ MAY_IMPORT = {
     "api": DOMAIN | {"analytics", "assistants", "settings", "wiring", "metrics", "__init__"},
     # For people to look at: what they see is what the API and the commands say.
     "web": DOMAIN
-    | {"coherence", "postgres", "redis_sessions", "analytics", "settings", "wiring", "metrics", "api"}
-    | {"__init__"},
+    | {"coherence", "postgres", "redis_sessions", "assistants", "analytics", "settings", "wiring", "metrics"}
+    | {"api", "__init__"},
     "application": {"api", "web", "settings", "wiring", "__init__"},
     "cli": DOMAIN
     | {

@@ -54,6 +54,14 @@ class Assistant(Protocol):
         ...
 
 
+def topics_of(assistant: Assistant) -> tuple[str, ...]:
+    """What it can be asked about, a few words each: its optional attribute `topics`, as far as that is a list of texts."""
+    topics = getattr(assistant, "topics", ())
+    return (
+        tuple(topic for topic in topics if isinstance(topic, str)) if isinstance(topics, list | tuple) else ()
+    )
+
+
 async def ask(
     assistant: Assistant,
     history: Sequence[Message],

@@ -7,6 +7,7 @@ from uuid import UUID
 from fastapi import Query, Request, Response
 
 from app.api.requests import Served, only_user
+from app.assistants import topics_of
 from app.errors import Unavailable
 from app.store import History, SessionPage
 from app.web.forms import UserId
@@ -22,6 +23,7 @@ GUEST = "guest"
 
 _MESSAGES_SHOWN = 50
 _SESSIONS_SHOWN = 20
+_TOPICS_SHOWN = 3
 
 #: What the script says, by its name there.
 _WORDS = ("thinking", "slow", "failed", "resend", "unreachable", "took", "sources")
@@ -42,6 +44,7 @@ async def chat(request: Request, runtime: Served, user_id: UserId = "", session:
         messages=[Shown.of(line) for line in history.lines] if history is not None else [],
         past=past,
         session=session,
+        topics=topics_of(runtime.assistant)[:_TOPICS_SHOWN],
         user=whose,
         words={name: language.text(f"chat.script.{name}") for name in _WORDS}
         | {role: language.text(f"role.{role}") for role in ("user", "assistant")},

@@ -422,6 +422,7 @@ TEXTS: Mapping[str, tuple[str, str]] = {
         "Each message is in PostgreSQL before it is answered, and the session stays: come back to it whenever you like.",
         "Mỗi tin nhắn được lưu vào PostgreSQL trước khi được trả lời, và phiên được giữ lại: hãy quay lại bất cứ lúc nào.",
     ),
+    "chat.suggestion": ("What is there about “{topic}”?", "Có gì về “{topic}”?"),
     "chat.say": ("Your message", "Tin nhắn của bạn"),
     "chat.say.example": ("How long do sessions live?", "Phiên được giữ trong bao lâu?"),
     "chat.send": ("Send", "Gửi"),

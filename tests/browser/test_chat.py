@@ -7,7 +7,7 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
-from tests.browser.conftest import LOOKS, check_page
+from tests.browser.conftest import LOOKS, PHONE, check_page
 from tests.integration.api_client import serving
 
 pytestmark = pytest.mark.anyio
@@ -108,6 +108,25 @@ async def failing(browser, server_settings):
         context = await browser.new_context(base_url=f"http://127.0.0.1:{port}")
         yield await context.new_page()
         await context.close()
+
+
+@pytest.fixture
+async def suggesting(browser, server_settings):
+    """A page of a service whose assistant has something to suggest."""
+    with serving(server_settings, assistant="suggests") as port:
+        context = await browser.new_context(base_url=f"http://127.0.0.1:{port}", viewport=PHONE)
+        yield await context.new_page()
+        await context.close()
+
+
+async def test_what_is_suggested_is_asked_by_one_click(suggesting):
+    await suggesting.goto("/?user_id=begins")
+    await check_page(suggesting, "suggestions")
+    await suggesting.get_by_role("button", name="What is there about “<b>two</b>”?").click()
+    await suggesting.get_by_text("heard: What is there about").wait_for()
+
+    assert (await said(suggesting))[0] == "What is there about “<b>two</b>”?"
+    assert await suggesting.locator(".suggestions").count() == 0
 
 
 async def test_a_failed_answer_is_shown_for_what_it_is_and_asked_for_again(failing):

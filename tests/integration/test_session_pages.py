@@ -471,6 +471,22 @@ async def test_a_session_of_somebody_else_is_none(api):
     await page(api, f"/?user_id=thief&session={id_of(session)}", status=404)
 
 
+async def test_who_begins_is_shown_what_he_can_ask_about(settings, api):
+    def offered(html):
+        return [words for words in html.words if words.startswith("What is there about")]
+
+    async with open_api(settings, assistant="suggests") as suggesting:
+        _, html = await page(suggesting, "/?lang=en")
+        session = await suggesting.new_session("asks")
+        await suggesting.record(session, "a")
+        _, begun = await page(suggesting, f"/?user_id=asks&session={id_of(session)}")
+    _, none = await page(api, "/")
+
+    topics = ("one", "<b>two</b>", "three" * 15)
+    assert offered(html) == [f"What is there about “{topic}”?" for topic in topics]
+    assert offered(begun) == offered(none) == []
+
+
 async def test_who_says_nothing_is_a_guest_and_begins_anew(api):
     _, html = await page(api, "/")
 

@@ -105,6 +105,31 @@ async def asked(assistant, *texts):
     return await ask(assistant, history(*texts), deadline_seconds=30)
 
 
+# What it can be asked about
+
+
+async def test_its_topics_are_titles_of_documents_that_answer_a_question_about_them(tmp_path):
+    long = "\n\n".join(["A paragraph about backups. " * 30] * 5)
+    files = {
+        "small.md": "# Restoring\n\nOne line.\n",
+        "large.md": f"# Backups\n\n{long}",
+        "untitled.txt": "No heading at all.\n\n" * 200,
+        "stop.md": f"# How to do it\n\n{long}",
+    }
+    async with documents(tmp_path, files) as assistant:
+        assert assistant.topics == ("Backups", "Restoring")
+        for topic, file in (("Backups", "large.md"), ("Restoring", "small.md")):
+            assert (await asked(assistant, f"What is there about “{topic}”?")).sources[0] == file
+            assert (await asked(assistant, f"Có gì về “{topic}”?")).sources[0] == file
+
+
+async def test_of_this_projects_own_documentation_there_are_three():
+    root, only = own_documentation()
+    assistant = DocumentsAssistant(root, only=only)
+    assert len(assistant.topics) == 3
+    await assistant.close()
+
+
 # Finding
 
 

@@ -9,8 +9,10 @@ searched, and has no sources: it never makes anything up.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from app.assistants import Answer
@@ -19,7 +21,7 @@ from app.assistants.documents.folding import accented_words, is_vietnamese
 from app.assistants.documents.index import Hit, PassageIndex
 from app.assistants.documents.passages import Passage, split_document
 from app.assistants.documents.query import QUESTION_CHARACTERS_MAX, query
-from app.chat import Message
+from app.chat import Message, NewMessage, new_uuid, utc_now
 
 __all__ = ["DocumentsAssistant", "own_documentation"]
 
@@ -27,6 +29,10 @@ _PASSAGES_MAX = 3
 _CANDIDATES_MAX = 30
 # A passage that is far behind the best one rather hides the answer than adds to it.
 _SHARE_OF_BEST_MIN = 0.5
+_TOPICS_MAX = 3
+_TOPIC_CHARACTERS_MAX = 60
+# How many documents are looked at for them: each takes a search.
+_TOPICS_TRIED_MAX = 12
 # How much a passage gains that has all the question's accented words as they are written.
 _ACCENTS_BONUS = 0.3
 
@@ -75,6 +81,7 @@ class DocumentsAssistant:
         self._index = PassageIndex(
             passage for name, text in texts.items() for passage in split_document(name, text)
         )
+        self.topics = tuple(islice(self._titles(), _TOPICS_MAX))
         if self._index.is_cut:
             _log.warning("only the first %d passages of the documents can be found", self._index.size)
         _log.info("%d passages of %d files can be asked about", self._index.size, len(self._files))
@@ -106,6 +113,19 @@ class DocumentsAssistant:
         if wanted.asks_for_more:
             hits = _not_yet_quoted(hits, history) or hits
         return _best(hits, question) if hits else []
+
+    def _titles(self) -> Iterator[str]:
+        """Of the documents that say most, as far as a question about one is answered from it."""
+        passages = self._index.passages
+        sizes = Counter(passage.file for passage in passages)
+        titles = {passage.file: passage.headings[0] for passage in reversed(passages) if passage.headings}
+        for file, _ in sizes.most_common(_TOPICS_TRIED_MAX):
+            title = titles.get(file, "")
+            if 0 < len(title) <= _TOPIC_CHARACTERS_MAX:
+                asked = NewMessage(message_id=new_uuid(), role="user", content=title, created_at=utc_now())
+                answer = self._passages([asked.at(1)], title)
+                if answer and answer[0].file == file:
+                    yield title
 
     def _searched(self, phrases: _Phrases) -> str:
         match self._files:

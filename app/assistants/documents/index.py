@@ -64,13 +64,13 @@ class Hit:
 
 
 class PassageIndex:
-    """`size` is the number of passages kept, `is_cut` tells whether there were more."""
+    """`passages` are those kept, `size` is their number, `is_cut` tells whether there were more."""
 
     def __init__(self, passages: Iterable[Passage]) -> None:
         remaining = iter(passages)
-        self._passages = tuple(islice(remaining, PASSAGES_MAX))
+        self.passages = tuple(islice(remaining, PASSAGES_MAX))
         self.is_cut = next(remaining, None) is not None
-        self.size = len(self._passages)
+        self.size = len(self.passages)
         self._lock = threading.Lock()
         self._database = sqlite3.connect(":memory:", check_same_thread=False, isolation_level=None)
         try:
@@ -97,7 +97,7 @@ class PassageIndex:
                     fold(" ".join(passage.headings[-1:])),
                     fold(passage.text),
                 )
-                for row, passage in enumerate(self._passages)
+                for row, passage in enumerate(self.passages)
             ),
         )
         self._database.execute("COMMIT")
@@ -114,7 +114,7 @@ class PassageIndex:
             rows = self._database.execute(
                 _SEARCH.format(values=values), [*parameters, concepts_min, limit]
             ).fetchall()
-        return [Hit(self._passages[row], score) for row, score in rows]
+        return [Hit(self.passages[row], score) for row, score in rows]
 
     def close(self) -> None:
         with self._lock:

@@ -26,6 +26,16 @@
     }
   });
 
+  for (const list of chat.querySelectorAll(".suggestions")) {
+    list.hidden = false;
+    list.addEventListener("click", ({ target }) => {
+      if (!target.matches("button")) return;
+      box.value = target.textContent;
+      form.requestSubmit();
+      box.focus({ preventScroll: true });
+    });
+  }
+
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     const text = box.value;
