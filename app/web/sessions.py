@@ -186,7 +186,8 @@ def _source(source: object) -> str:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InRedis:
     """What stands in Redis. `state`: trusted; dirty (a write has not published), stale (of another epoch) and untrusted (no
-    lease now), which are compared with PostgreSQL at the next read; owner, guide, foreign.
+    lease now), which are compared with PostgreSQL at the next read; compared (at every read, by the setting); owner, guide,
+    foreign.
     """
 
     state: str
@@ -224,6 +225,8 @@ def _standing(runtime: Runtime, value: object) -> str:
         return "owner"
     if value.dirty:
         return "dirty"
+    if runtime.settings.cache_verify == "always":
+        return "compared"
     state = runtime.stores.lease.current() if runtime.stores is not None else None
     if state is None:
         return "untrusted"

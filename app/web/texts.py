@@ -369,6 +369,10 @@ TEXTS: Mapping[str, tuple[str, str]] = {
         "Copy, Redis is not trusted now",
         "Bản sao, hiện không tin Redis",
     ),
+    "transcript.redis.compared": (
+        "Copy, compared at every read",
+        "Bản sao, được đối chiếu ở mỗi lần đọc",
+    ),
     "transcript.redis.owner": ("Owned by Redis", "Thuộc Redis"),
     "transcript.redis.guide": ("In the guide's format", "Theo định dạng cũ"),
     "transcript.redis.foreign": ("Something else", "Dữ liệu lạ"),

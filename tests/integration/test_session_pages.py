@@ -282,6 +282,15 @@ async def test_a_copy_that_is_not_to_be_believed_is_told_from_a_trusted_one(
     await trusted(api, session)
 
 
+async def test_where_every_read_is_compared_no_copy_is_called_trusted(settings):
+    async with open_api(settings, cache_verify="always") as api:
+        session = await api.new_session("An")
+        await api.record(session, "a")
+        _, html = await page(api, f"/sessions/{id_of(session)}")
+
+    assert "Redis Copy, compared at every read" in html.text
+
+
 @pytest.fixture
 async def redis_of(servers, anyio_backend):
     async with Redis.from_url(servers.redis_url, db=1) as redis:
