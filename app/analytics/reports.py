@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 from zoneinfo import available_timezones
 
-from sqlalchemy import text
+from sqlalchemy import TextClause, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection
 
@@ -35,6 +35,9 @@ Variant = Literal["days", "hours", "plain", "folded"]
 
 #: Reports by the day have a row for each: this bounds them.
 RANGE_DAYS_MAX = 3660
+_YEAR_MIN = 1900
+#: A zone away from the end of the next one is no time that Python has.
+_YEAR_MAX = 9998
 #: Of a report that is read from the messages.
 PLAIN_DAYS_MAX = 92
 #: Of one whose rows are folded here.
@@ -61,8 +64,8 @@ _QUERY_CANCELED = "57014"
 _NO_SUCH_ZONE = "22023"
 
 # Read only against a mistake in queries.sql. For one transaction, because a pooler keeps no more.
-_BOUNDS = text(
-    "SELECT set_config('transaction_read_only', 'on', true), set_config('statement_timeout', "
+_BOUNDS = (
+    "set_config('transaction_read_only', 'on', true), set_config('statement_timeout', "
     # The engine's plans are made once for all parameters; a report's range decides its plan.
     f"'{STATEMENT_TIMEOUT_SECONDS:g}s', true), set_config('plan_cache_mode', 'auto', true), "
     # It takes longer to compile a report than to run it.
@@ -75,21 +78,44 @@ _BY_KEY = text(
     "SELECT set_config('enable_hashjoin', 'off', true), set_config('enable_mergejoin', 'off', true)"
 )
 
-_STATE = text("SELECT timezone, complete, lag_seconds FROM analytics.rollup_state")
-
-# Both ends as local times, and whether the zone is whole hours, or whole five minutes, from UTC all the time between.
-_PLACE = text("""
-SELECT CAST(:since AS timestamptz) AT TIME ZONE :timezone AS since, CAST(:until AS timestamptz) AT TIME ZONE :timezone AS until,
-       bool_and(seconds % 3600 = 0) AS whole_hours, bool_and(seconds % 300 = 0) AS whole_five_minutes
-FROM (
-    SELECT extract(epoch FROM at AT TIME ZONE :timezone - at AT TIME ZONE 'UTC') AS seconds
+# All that must be known before a report: bounds for its transaction, how roll-ups stand, both ends of the range as
+# instants and as local times, and whether the zone is whole hours, or whole five minutes, from UTC all the time between.
+# In one statement: each takes as long as a report of days.
+_PROLOGUE = f"""
+WITH state AS (
+    SELECT timezone, complete, lag_seconds FROM analytics.rollup_state
+), zone AS (
+    SELECT coalesce(CAST(:timezone AS text), (SELECT timezone FROM state), 'UTC') AS zone
+), ending AS (
+    SELECT zone, coalesce(CAST(:until_day AS date)::timestamp AT TIME ZONE zone, CAST(:until AS timestamptz),
+                          (date_trunc('day', now() AT TIME ZONE zone) + interval '1 day') AT TIME ZONE zone) AS until
+    FROM zone
+), span AS (
+    SELECT zone, until, coalesce(
+        CAST(:since_day AS date)::timestamp AT TIME ZONE zone, CAST(:since AS timestamptz),
+        (date_trunc('day', until AT TIME ZONE zone - interval '1 microsecond') - make_interval(days => CAST(:days AS integer) - 1))
+            AT TIME ZONE zone
+    ) AS since
+    FROM ending
+)
+SELECT s.timezone, coalesce(s.complete, false) AS complete, coalesce(s.lag_seconds, 0) AS lag_seconds,
+       zone, since, until, since AT TIME ZONE zone AS local_since, until AT TIME ZONE zone AS local_until,
+       whole_hours, whole_five_minutes, {_BOUNDS}
+FROM span
+LEFT JOIN state s ON true
+CROSS JOIN LATERAL (
+    SELECT bool_and(seconds % 3600 = 0) AS whole_hours, bool_and(seconds % 300 = 0) AS whole_five_minutes
     FROM (
-        SELECT generate_series(CAST(:since AS timestamptz), CAST(:until AS timestamptz), interval '7 days') AS at
-        UNION ALL
-        SELECT CAST(:until AS timestamptz)
-    ) AS instants
-) AS offsets
-""")
+        SELECT extract(epoch FROM at AT TIME ZONE zone - at AT TIME ZONE 'UTC') AS seconds
+        FROM (
+            -- A wider range is refused.
+            SELECT generate_series(since, least(until, since + make_interval(days => {RANGE_DAYS_MAX + 1})), interval '7 days') AS at
+            UNION ALL
+            SELECT until
+        ) AS instants
+    ) AS offsets
+) AS place
+"""  # noqa: S608 - of what stands above
 
 _UNITS = {"_ms": "milliseconds", "_rate": "ratio", "share": "ratio", "stickiness": "ratio", "change": "ratio"}
 
@@ -243,17 +269,15 @@ async def run(
         _refuse_unknown_zone(timezone)
     if user_id is not None and not query.of_users:
         raise UserRefused(f"report {name} is not made of one user", hint=_hint("user_id"))
+    if query.folded:
+        days = min(days, FOLDED_DAYS_MAX)
     async with database.core() as conn:
-        await conn.execute(_BOUNDS)
+        place = await _placed(conn, since, until, days, timezone)
+        begin, end, zone = place.since, place.until, place.zone
+        counted_zone = place.timezone or "UTC"
+        _refuse_wrong_range(query, begin, end)
         if query.folded:
             await conn.execute(_BY_KEY)
-            days = min(days, FOLDED_DAYS_MAX)
-        state = (await conn.execute(_STATE)).one_or_none()
-        counted_zone: str = (state.timezone if state else None) or "UTC"
-        zone = timezone or counted_zone
-        begin, end = await _instants(conn, since, until, days, zone)
-        _refuse_wrong_range(query, begin, end)
-        place = (await conn.execute(_PLACE, {"since": begin, "until": end, "timezone": zone})).one()
         step = _granularity(query, granularity, end - begin)
         variant, sql = _only_variant(query) or _variant(
             query,
@@ -268,17 +292,18 @@ async def run(
         values = {
             "since": begin,
             "until": end,
-            "first_day": place.since.date(),
-            "end_day": place.until.date(),
+            "first_day": place.local_since.date(),
+            "end_day": place.local_until.date(),
             "timezone": zone,
             "granularity": step,
             "user_id": user_id,
             "limit": limit,
             "different": _SPELLINGS_MAX + 1,
         }
-        used = {name: value for name, value in values.items() if re.search(rf":{name}\b", sql)}
+        statement, parameters = _statement(sql)
+        used = {name: values[name] for name in parameters}
         try:
-            result = await conn.execute(text(sql), used)
+            result = await conn.execute(statement, used)
             rows = [tuple(_as_day(value, step) for value in row) for row in result]
         except DBAPIError as exc:
             if getattr(exc.orig, "sqlstate", None) == _QUERY_CANCELED:
@@ -297,10 +322,17 @@ async def run(
             timezone=zone,
             granularity=step if query.by_period else None,
             source="messages" if variant in {"plain", "folded"} else "roll-ups",
-            complete=bool(state and state.complete),
-            lag_seconds=state.lag_seconds if state else 0.0,
+            complete=place.complete,
+            lag_seconds=place.lag_seconds,
             sql=_as_typed(sql, used),
         )
+
+
+@lru_cache
+def _statement(sql: str) -> tuple[TextClause, tuple[str, ...]]:
+    """It with the names of its parameters. Kept, for to find them takes longer than some reports do."""
+    statement = text(sql)
+    return statement, tuple(statement.compile().params)
 
 
 async def _folded(name: str, spellings: list[Any], limit: int) -> list[Any]:
@@ -343,46 +375,41 @@ def _refuse_unknown_zone(timezone: str) -> None:
         raise UnknownTimezone(f"there is no time zone {timezone!r}", hint="a name like Asia/Ho_Chi_Minh")
 
 
-async def _instants(
-    conn: AsyncConnection, since: datetime | date | None, until: datetime | date | None, days: int, zone: str
-) -> tuple[datetime, datetime]:
-    """Both ends of the range, days and what was not said by the zone's midnights."""
-    try:
-        row = (
-            await conn.execute(
-                _MIDNIGHTS,
-                {
-                    "zone": zone,
-                    "since": None if isinstance(since, datetime) else since,
-                    "until": None if isinstance(until, datetime) else until,
-                    "until_at": until if isinstance(until, datetime) else None,
-                    "days": days,
-                },
+async def _placed(
+    conn: AsyncConnection,
+    since: datetime | date | None,
+    until: datetime | date | None,
+    days: int,
+    timezone: str | None,
+) -> Any:
+    """The row of `_PROLOGUE`. Days, and what was not said, are the zone's midnights."""
+    for end in (since, until):
+        if end is not None and not _YEAR_MIN <= end.year <= _YEAR_MAX:
+            raise RangeRefused(
+                f"the range begins or ends in the year {end.year}, {_YEAR_MIN} to {_YEAR_MAX} are reported on",
+                hint="begin and end within them",
             )
-        ).one()
+    # A datetime is a date, too.
+    since_at, until_at = (end if isinstance(end, datetime) else None for end in (since, until))
+    try:
+        found = await conn.execute(
+            _statement(_PROLOGUE)[0],
+            {
+                "timezone": timezone,
+                "since_day": since if since_at is None else None,
+                "since": since_at,
+                "until_day": until if until_at is None else None,
+                "until": until_at,
+                "days": days,
+            },
+        )
     except DBAPIError as exc:
-        if getattr(exc.orig, "sqlstate", None) == _NO_SUCH_ZONE:
+        if timezone is not None and getattr(exc.orig, "sqlstate", None) == _NO_SUCH_ZONE:
             raise UnknownTimezone(
-                f"PostgreSQL knows no time zone {zone!r}", hint="a name like Asia/Ho_Chi_Minh"
+                f"PostgreSQL knows no time zone {timezone!r}", hint="a name like Asia/Ho_Chi_Minh"
             ) from exc
         raise
-    return (
-        since if isinstance(since, datetime) else row.since,
-        until if isinstance(until, datetime) else row.until,
-    )
-
-
-_MIDNIGHTS = text("""
-WITH ends AS (
-    SELECT coalesce(CAST(:until AS date)::timestamp, CAST(:until_at AS timestamptz) AT TIME ZONE :zone,
-                    date_trunc('day', now() AT TIME ZONE :zone) + interval '1 day') AS until
-)
-SELECT coalesce(CAST(:since AS date)::timestamp,
-                date_trunc('day', until - interval '1 microsecond') - make_interval(days => CAST(:days AS integer) - 1))
-           AT TIME ZONE :zone AS since,
-       until AT TIME ZONE :zone AS until
-FROM ends
-""")
+    return found.one()
 
 
 def _refuse_wrong_range(query: Query, since: datetime, until: datetime) -> None:
@@ -478,7 +505,7 @@ def _variant(
 
 
 def _are_midnights(place: Any) -> bool:
-    return bool(place.since.time() == place.until.time() == time())
+    return bool(place.local_since.time() == place.local_until.time() == time())
 
 
 def _divides(step: timedelta, *moments: datetime) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import event, text
 
 from app.analytics import reports
 from app.analytics.reports import RANGE_DAYS_MAX, REPORTS, Query, Report, run
@@ -451,6 +451,35 @@ class TestRunning:
         with pytest.raises(RangeRefused, match=r"not after its begin at 2026-03-10T00:00:00\.000Z"):
             await report(database, "messages_by_role", until=until)
 
+    @pytest.mark.parametrize(
+        ("since", "until"),
+        [
+            (date.min, date.max),
+            (datetime.min.replace(tzinfo=UTC), None),
+            (None, datetime.max.replace(tzinfo=UTC)),
+            (None, date(1899, 12, 31)),
+            (date(9999, 1, 1), None),
+        ],
+    )
+    @pytest.mark.parametrize("timezone", [None, "Asia/Ho_Chi_Minh", "America/New_York"])
+    async def test_a_range_at_the_ends_of_time_is_refused(self, database, since, until, timezone):
+        with pytest.raises(RangeRefused, match="1900 to 9998 are reported on"):
+            await run(database, "traffic", since=since, until=until, timezone=timezone)
+
+    async def test_what_is_known_before_a_report_takes_one_statement(self, database):
+        statements = []
+
+        def note(_conn, _cursor, statement, *_):
+            statements.append(statement)
+
+        event.listen(database.engine.sync_engine, "before_cursor_execute", note)
+        try:
+            await report(database, "messages_by_role", plain=False)
+        finally:
+            event.remove(database.engine.sync_engine, "before_cursor_execute", note)
+
+        assert len(statements) == 2
+
     async def test_the_widest_range_is_reported_on(self, database):
         widest = SINCE + timedelta(days=RANGE_DAYS_MAX)
 
@@ -502,7 +531,7 @@ class TestRunning:
         assert (found.rows, found.since, found.sql) == (expected.rows, expected.since, expected.sql)
 
     async def test_a_report_that_takes_too_long_says_so(self, database, monkeypatch):
-        monkeypatch.setattr(reports, "_BOUNDS", text("SELECT set_config('statement_timeout', '50ms', true)"))
+        monkeypatch.setattr(reports, "_PROLOGUE", reports._PROLOGUE.replace("'3s'", "'50ms'"))
         slow = Query(name="slow", definition="Slow.", sql="SELECT pg_sleep(60)")
         monkeypatch.setattr(reports, "REPORTS", {"slow": slow})
 
@@ -515,7 +544,7 @@ class TestRunning:
         asked = Query(name="asked", definition="Asked.", sql="SELECT current_setting('statement_timeout')")
         monkeypatch.setattr(reports, "REPORTS", {"asked": asked})
 
-        monkeypatch.setattr(reports, "_BOUNDS", text("SELECT set_config('statement_timeout', '2s', true)"))
+        monkeypatch.setattr(reports, "_PROLOGUE", reports._PROLOGUE.replace("'3s'", "'2s'"))
         assert (await report(database, "asked", plain=False)).rows == (("2s",),)
         # It ends with the report.
         assert await fetch(database, "SELECT current_setting('statement_timeout')") == [("3s",)]
