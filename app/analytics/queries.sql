@@ -218,16 +218,10 @@ WITH counted AS (
     UNION ALL
     SELECT 'assistant', answers FROM counted
     UNION ALL
-    -- Not read where there are none, which is the rule. The limit is far above the number of roles: it only holds the reading
-    -- back, and the workers that would help with it, until it is known whether there is anything to read.
+    -- Called only where there are any, which is not the rule: its begin is made of the count, so it can't be called first.
     SELECT other.role, other.messages
     FROM (SELECT others FROM counted WHERE others > 0) needed
-    CROSS JOIN LATERAL (
-        SELECT role, count(*) AS messages FROM analytics.messages
-        WHERE created_at >= :since AND created_at < :until AND role NOT IN ('user', 'assistant')
-        GROUP BY role
-        LIMIT needed.others + 100
-    ) other
+    CROSS JOIN LATERAL analytics.messages_of_other_roles(CASE WHEN needed.others > 0 THEN CAST(:since AS timestamptz) END, :until) other
 )
 SELECT role, messages, (100.0 * messages / sum(messages) OVER ())::double precision AS percent
 FROM roles
@@ -247,12 +241,7 @@ WITH counted AS (
     UNION ALL
     SELECT other.role, other.messages
     FROM (SELECT others FROM counted WHERE others > 0) needed
-    CROSS JOIN LATERAL (
-        SELECT role, count(*) AS messages FROM analytics.messages
-        WHERE created_at >= :since AND created_at < :until AND role NOT IN ('user', 'assistant')
-        GROUP BY role
-        LIMIT needed.others + 100
-    ) other
+    CROSS JOIN LATERAL analytics.messages_of_other_roles(CASE WHEN needed.others > 0 THEN CAST(:since AS timestamptz) END, :until) other
 )
 SELECT role, messages, (100.0 * messages / sum(messages) OVER ())::double precision AS percent
 FROM roles
@@ -322,13 +311,21 @@ WHERE role = 'assistant' AND created_at >= :since AND created_at < :until
 -- response_time_percentiles --
 -- How long the assistant's answers of each period of the range took, over those that say so: what 50, 75, 90, 95 and 99 % do
 -- not exceed, within 2.5 %; interpolated where read from messages. A period without any is left out.
-WITH running AS (
+WITH counted AS (
     -- Whole numbers as double precision, which is exact: numeric would take twice as long.
-    SELECT date_trunc(:granularity, day::timestamp) AS period, about_ms,
-           100 * sum(answers::double precision) OVER (PARTITION BY date_trunc(:granularity, day::timestamp) ORDER BY bucket) AS so_far,
-           sum(answers::double precision) OVER (PARTITION BY date_trunc(:granularity, day::timestamp)) AS total
+    SELECT day::timestamp AS period, bucket, about_ms, answers::double precision AS answers
     FROM analytics.response_times_daily
-    WHERE day >= :first_day AND day < :end_day
+    WHERE day >= :first_day AND day < :end_day AND :granularity = 'day'
+    UNION ALL
+    -- Longer periods have few buckets of many rows. One of the two is not read.
+    SELECT date_trunc(:granularity, day::timestamp), bucket, about_ms, sum(answers::double precision)
+    FROM analytics.response_times_daily
+    WHERE day >= :first_day AND day < :end_day AND :granularity <> 'day'
+    GROUP BY 1, 2, 3
+), running AS (
+    SELECT period, about_ms, 100 * sum(answers) OVER (PARTITION BY period ORDER BY bucket ROWS UNBOUNDED PRECEDING) AS so_far,
+           sum(answers) OVER (PARTITION BY period) AS total
+    FROM counted
 )
 SELECT period, min(total)::bigint AS timed_answers,
        min(about_ms) FILTER (WHERE so_far >= 50 * total) AS p50_ms,

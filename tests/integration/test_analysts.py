@@ -87,6 +87,7 @@ async def test_an_analyst_reads_every_column_but_those_with_text(
 
 
 _QUANTILES = "SELECT * FROM analytics.session_quantiles('turns', '2000-01-01', '2100-01-01')"
+_OTHER_ROLES = "SELECT * FROM analytics.messages_of_other_roles('2000-01-01', '2100-01-01')"
 
 
 @pytest.mark.parametrize("pii", [False, True])
@@ -99,10 +100,25 @@ async def test_an_analyst_may_call_the_functions_of_the_schema(
 
     [found] = await conn.fetch(_QUANTILES)
     none = await conn.fetch(_QUANTILES.replace("turns", "legs"))
+    others = await conn.fetch(_OTHER_ROLES)
     await conn.close()
 
     assert (found["sessions"], found["average"], found["p99"]) == (1, 1, 1)
-    assert none == []
+    assert none == others == []
+
+
+@pytest.mark.usefixtures("roles")
+async def test_an_analyst_from_before_a_function_may_call_it(servers: Servers) -> None:
+    async with new_database(servers, "chat_tests_analysts") as url:
+        await migrate(url, "0008")
+        database = Database(create_engine(url, application_name="tests"))
+        analyst = await add_analyst(database, "lan", pii=False)
+        await database.close()
+        await migrate(url)
+        conn = await connected(url, analyst)
+
+        assert await conn.fetch(_OTHER_ROLES) == []
+        await conn.close()
 
 
 async def test_nobody_else_may_call_the_functions_of_the_schema(roles: Database, database_url: str) -> None:
@@ -111,6 +127,7 @@ async def test_nobody_else_may_call_the_functions_of_the_schema(roles: Database,
     conn = await asyncpg.connect(database_url, user="khoa", password="khoa")
 
     assert await refused(conn, _QUANTILES)
+    assert await refused(conn, _OTHER_ROLES)
     await conn.close()
 
 

@@ -275,7 +275,7 @@ async def test_a_downgrade_to_0001_lets_processes_of_protocol_0_serve_again(empt
 
 
 async def described(url: str) -> list[tuple[Any, ...]]:
-    """Columns of the views, with what is said of them, and the triggers."""
+    """Columns of the views, with what is said of them, definitions of all but tables, and the triggers."""
     conn = await asyncpg.connect(url)
     try:
         columns = await conn.fetch(
@@ -284,12 +284,20 @@ async def described(url: str) -> list[tuple[Any, ...]]:
             "WHERE c.relnamespace = 'analytics'::regnamespace ORDER BY c.relname, a.attnum"
         )
         triggers = await conn.fetch("SELECT tgname FROM pg_trigger WHERE NOT tgisinternal ORDER BY 1")
-        return [tuple(record) for record in (*columns, *triggers)]
+        made = await conn.fetch(
+            "SELECT indexrelid::regclass::text, pg_get_indexdef(indexrelid) FROM pg_index "
+            "WHERE indrelid::regclass::text LIKE 'chat.rollup%' UNION ALL "
+            "SELECT oid::regclass::text, pg_get_viewdef(oid) FROM pg_class "
+            "WHERE relnamespace = 'analytics'::regnamespace AND relkind = 'v' UNION ALL "
+            "SELECT oid::regprocedure::text, pg_get_functiondef(oid) FROM pg_proc "
+            "WHERE pronamespace IN ('analytics'::regnamespace, 'chat'::regnamespace) ORDER BY 1, 2"
+        )
+        return [tuple(record) for record in (*columns, *triggers, *made)]
     finally:
         await conn.close()
 
 
-@pytest.mark.parametrize("revision", ["0002", "0003", "0004", "0006", "0007"])
+@pytest.mark.parametrize("revision", ["0002", "0003", "0004", "0006", "0007", "0008"])
 async def test_a_downgrade_leaves_views_and_triggers_as_they_were(empty_url: str, revision: str) -> None:
     await migrate(empty_url, revision)
     before = await described(empty_url)
