@@ -1144,6 +1144,20 @@ class TestOutages:
             assert (await api.delete(session)).status_code == 200
             assert_problem(await api.get(session), 404, "session_not_found")
 
+    @pytest.mark.parametrize("mode", ["hybrid"], indirect=True)
+    async def test_without_both_stores_a_process_is_not_ready(self, settings, own_database, postgresql_out):
+        overrides = {"database_url": own_database, "redis_url": f"redis://127.0.0.1:{unused_port()}"}
+        async with open_api(settings, **overrides) as api:
+            session = await api.new_session()
+            async with postgresql_out():
+                answer = await api.get(f"{session}/history")
+                assert_problem(answer, 503, "durable_store_unavailable")
+                assert int(answer.headers["retry-after"]) >= 1
+                ready = await api.get("/health/ready")
+                assert (ready.status_code, ready.json()["status"]) == (503, "fail")
+                assert "cached history" not in ready.json()["stores"]["postgres"]["state"]
+            assert (await api.get("/health/ready")).status_code == 200
+
     @pytest.mark.parametrize("mode", ["redis-only"], indirect=True)
     async def test_without_redis_redis_only_mode_refuses_every_call(self, settings):
         async with open_api(settings, redis_url=f"redis://127.0.0.1:{unused_port()}") as api:
