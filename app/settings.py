@@ -142,12 +142,14 @@ class Settings(BaseSettings):
     @field_validator("database_url")
     @classmethod
     def _postgresql(cls, value: str | None) -> str | None:
-        # SQLAlchemy takes a password with any character but @ in it; urlsplit would not.
+        # A password may have any character but @ in it; urlsplit would take fewer.
         if value is not None and not (
             value.partition("://")[0] in {"postgresql", "postgresql+asyncpg"}
             and _has_a_port_or_none(f"//{value.partition('://')[2].rpartition('@')[2]}")
+            and _leads_to_a_host_or_none(value)
         ):
-            raise ValueError("should be postgresql://user:password@host:5432/database")
+            escaped = ", with %40 for an @ in the password" if value.count("@") > 1 else ""
+            raise ValueError(f"should be postgresql://user:password@host:5432/database{escaped}")
         _refuse_parameters(value, {"ssl", "sslmode"})
         return value
 
@@ -210,6 +212,20 @@ def _has_a_port_or_none(url: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _leads_to_a_host_or_none(url: str) -> bool:
+    """Whether the driver can make something of it, and of its host as a name."""
+    from sqlalchemy.engine import make_url  # noqa: PLC0415 - 0.1 s that only who has a database should pay
+    from sqlalchemy.exc import ArgumentError  # noqa: PLC0415 - see above
+
+    try:
+        url.encode()
+        host = make_url(url).host or ""
+        host.encode("idna")
+    except (ValueError, ArgumentError):
+        return False
+    return "@" not in host
 
 
 def _refuse_parameters(url: str | None, known: set[str]) -> None:

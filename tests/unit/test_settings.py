@@ -88,7 +88,13 @@ def test_an_empty_value_means_unset(monkeypatch, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "url", ["postgresql://u:p@h/d", "postgresql+asyncpg://u:p@[::1]:5432/d", "postgresql://u:p/#?@h:1/d"]
+    "url",
+    [
+        "postgresql://u:p@h/d",
+        "postgresql+asyncpg://u:p@[::1]:5432/d",
+        "postgresql://u:p/#?@h:1/d",
+        "postgresql://u@server:p%40@máy-chủ/d",
+    ],
 )
 def test_postgresqls_urls_are_taken(monkeypatch, url):
     monkeypatch.setenv("DATABASE_URL", url)
@@ -143,6 +149,9 @@ def test_every_wrong_value_is_named_on_a_line_of_its_own(monkeypatch):
     assert [line.partition("=")[0] for line in refusal().splitlines()] == ["PORT", "LOG_LEVEL"]
 
 
+_ESCAPED = "should be postgresql://user:password@host:5432/database, with %40 for an @ in the password"
+
+
 @pytest.mark.parametrize(
     ("name", "value", "right"),
     [
@@ -155,6 +164,11 @@ def test_every_wrong_value_is_named_on_a_line_of_its_own(monkeypatch):
         ("DATABASE_URL", "postgresql://chat:sesame@[::1/d", "should be postgresql://"),
         ("DATABASE_URL", "postgresql://chat:sesame@h:99999/d", "should be postgresql://"),
         ("DATABASE_URL", "sesame", "should be postgresql://"),
+        ("DATABASE_URL", "postgresql://chat:sesame@h..example/d", "should be postgresql://"),
+        ("DATABASE_URL", f"postgresql://chat:sesame@{'h' * 64}/d", "should be postgresql://"),
+        ("DATABASE_URL", "postgresql://chat:sesame\udcff@h/d", "should be postgresql://"),
+        ("DATABASE_URL", "postgresql://chat:sesame@@h/d", _ESCAPED),
+        ("DATABASE_URL", "postgresql://chat:sesame@a:b/@h/d", _ESCAPED),
         ("REDIS_URL", "http://:sesame@h", "should be redis://host:6379"),
         ("REDIS_URL", "redis://:sesame@h:port", "should be redis://host:6379"),
         ("REDIS_URL", "redis://:sesame@[::1", "should be redis://host:6379"),
