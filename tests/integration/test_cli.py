@@ -190,6 +190,10 @@ def test_wrong_arguments_are_explained_and_nothing_is_done(call, shell):
     assert "Traceback" not in results[first].stderr
 
 
+def test_the_help_of_export_names_the_extra(call):
+    assert "'chat-sessions[export]'" in call("export --help").stdout
+
+
 def test_a_wrong_setting_is_one_line(shell):
     results = each(shell, "serve", f"show {UNKNOWN}", PORT="http")
 
