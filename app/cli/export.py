@@ -14,6 +14,7 @@ from app.chat import LEGACY_MONTH
 from app.cli.adoption import EXIT_INTERRUPTED
 from app.cli.output import Json, print_json, progress_of_unknown, refusals_are_lines
 from app.cli.targets import command_settings, required_database_url
+from app.cli.texts import text
 from app.wiring import open_database
 
 
@@ -51,7 +52,10 @@ def export(
             help="sessions made in this month, as 2026-11 or `legacy` (ids without a time); may be repeated",
         ),
     ] = None,
-    user_id: Annotated[str | None, typer.Option("--user", help="only this user's sessions")] = None,
+    user_id: Annotated[
+        str | None,
+        typer.Option("--user", parser=text, metavar="USER_ID", help="only this user's sessions"),
+    ] = None,
     session_ids: Annotated[
         list[UUID] | None, typer.Option("--session", help="only this session; may be repeated")
     ] = None,

@@ -16,6 +16,7 @@ from app.chat import format_time
 from app.cli.moments import day_or_moment
 from app.cli.output import Json, fail, print_json, print_table, refusals_are_lines
 from app.cli.targets import command_settings, required_database_url
+from app.cli.texts import text
 from app.wiring import open_database
 
 _DAYS = 30
@@ -48,7 +49,9 @@ def report(
         str | None,
         typer.Option(help=r"whose days, like Asia/Ho_Chi_Minh \[default: that of the roll-ups]"),
     ] = None,
-    user: Annotated[str | None, typer.Option(help="only what this user did")] = None,
+    user: Annotated[
+        str | None, typer.Option(parser=text, metavar="USER_ID", help="only what this user did")
+    ] = None,
     limit: Annotated[int, typer.Option(min=1, max=1000, help="how many rows of a ranking")] = 20,
     json: Json = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="print CSV, for spreadsheets")] = False,

@@ -12,6 +12,7 @@ from app.chat import Role, cut_to_milliseconds, format_time, utc_now
 from app.cli.moments import moment
 from app.cli.output import Json, print_json, print_table, refusals_are_lines
 from app.cli.targets import command_settings, required_database_url
+from app.cli.texts import text
 from app.wiring import open_database
 
 # A terminal shows the words and little around them.
@@ -22,7 +23,9 @@ def search(
     words: Annotated[
         list[str],
         typer.Argument(
-            help="""all must occur, in any order; a phrase: '"điều kiện tham gia"'""", metavar="WORDS..."
+            parser=text,
+            metavar="WORDS...",
+            help="""all must occur, in any order; a phrase: '"điều kiện tham gia"'""",
         ),
     ],
     since: Annotated[
@@ -38,7 +41,9 @@ def search(
         datetime | None,
         typer.Option(parser=moment, metavar="TIME", help=r"before this moment \[default: now]"),
     ] = None,
-    user: Annotated[str | None, typer.Option(metavar="USER_ID", help="only this user's sessions")] = None,
+    user: Annotated[
+        str | None, typer.Option(parser=text, metavar="USER_ID", help="only this user's sessions")
+    ] = None,
     role: Annotated[Role | None, typer.Option(help="only messages of this role")] = None,
     substring: Annotated[
         bool, typer.Option("--substring", help="the text as it is, not whole words")

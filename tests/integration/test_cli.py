@@ -190,6 +190,22 @@ def test_wrong_arguments_are_explained_and_nothing_is_done(call, shell):
     assert "Traceback" not in results[first].stderr
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("report", "sessions_per_day", "--user", "h\udce0"),
+        ("search", "h\udce0 n\udcf4i"),
+        ("search", "hà nội", "--user", "h\udce0"),
+        ("export", "out", "--user", "h\udce0"),
+    ],
+)
+def test_a_text_of_another_encoding_is_explained(tmp_path, words):
+    done = called(*words, cwd=tmp_path, **OUT)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "holds bytes that are no" in done.stderr
+
+
 def test_the_help_of_export_names_the_extra(call):
     assert "'chat-sessions[export]'" in call("export --help").stdout
 
