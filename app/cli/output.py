@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from app.coherence.ports import CacheOutage
-from app.errors import ChatError
+from app.coherence.ports import CacheOutage, CacheOutOfMemory
+from app.errors import ChatError, DurableStoreUnavailable
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
@@ -34,7 +34,16 @@ def refusals_are_lines(*, code: int = 1) -> Iterator[None]:
     try:
         yield
     except (ChatError, CacheOutage) as exc:
-        fail(str(exc), code=code)
+        fail(_said(exc), code=code)
+
+
+def _said(exc: ChatError | CacheOutage) -> str:
+    """What a request's caller can only wait for, who runs a command can do something about."""
+    if isinstance(exc, DurableStoreUnavailable) and exc.hint is None:
+        return f"{exc} (start PostgreSQL, or correct DATABASE_URL)"
+    if isinstance(exc, CacheOutage) and not isinstance(exc, CacheOutOfMemory):
+        return f"{exc} (start Redis, or correct REDIS_URL)"
+    return str(exc)
 
 
 @contextmanager

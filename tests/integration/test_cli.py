@@ -225,8 +225,19 @@ def test_commands_that_need_a_store_say_in_one_line_that_none_is_set(call):
 def test_postgresql_that_is_out_is_one_line_without_the_password(call):
     results = each(call, "migrate", "partitions", **OUT)
 
-    assert all("PostgreSQL can't be reached" in one_line(done) for done in results.values())
-    assert not any("sesame" in done.stderr for done in results.values())
+    lines = [one_line(done) for done in results.values()]
+    assert all(line.startswith("error: PostgreSQL can't be reached: ") for line in lines)
+    assert all(line.endswith(" (start PostgreSQL, or correct DATABASE_URL)") for line in lines)
+    assert not any("sesame" in line for line in lines)
+
+
+def test_redis_that_is_out_is_one_line_without_the_password(call, urls):
+    done = call("mode hybrid", **(urls | {"REDIS_URL": OUT["REDIS_URL"]}))
+
+    line = one_line(done)
+    assert line.startswith("error: redis: ")
+    assert line.endswith(" (start Redis, or correct REDIS_URL)")
+    assert "sesame" not in line
 
 
 def test_commands_on_a_database_without_the_schema_say_in_one_line_what_to_run(call, unmigrated):
