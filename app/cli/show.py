@@ -10,12 +10,15 @@ from app.chat import ChatSession, Message, format_time, lines_of
 from app.cli.output import Json, print_json, print_table, refusals_are_lines
 from app.cli.targets import command_settings, patient
 from app.coherence.ports import CacheOutage, Entry, GuideEntry
-from app.errors import DurableStoreUnavailable, SessionNotFound, StartRefused
+from app.errors import DurableStoreUnavailable, SessionNotFound, StartRefused, Unavailable
 from app.postgres.store import PostgresChatSessionStore
 from app.redis_sessions.inspect import find_session
 from app.settings import Settings
 from app.store import History
 from app.wiring import open_database, open_redis
+
+#: How it begins what is said of a store that did not answer.
+_OUT = "out ("
 
 
 def show(
@@ -53,7 +56,18 @@ async def _find(settings: Settings, session_id: UUID, count: int) -> dict[str, A
         page = entry.newest(min(count, session.message_count - entry.first_seq + 1), None)
         lines = lines_of(page[1]) if page else ()
     else:
-        raise SessionNotFound(f"Session not found. PostgreSQL: {in_postgres}. Redis: {in_redis}.")
+        stores = f"PostgreSQL: {in_postgres}. Redis: {in_redis}."
+        wrong = [
+            name
+            for name, found in (("DATABASE_URL", in_postgres), ("REDIS_URL", in_redis))
+            if found.startswith(_OUT)
+        ]
+        if wrong:
+            raise Unavailable(
+                f"whether there is such a session can't be said. {stores}",
+                hint=f"start what is out, or correct {' and '.join(wrong)}",
+            )
+        raise SessionNotFound(f"Session not found. {stores}")
     return {**_facts(session), "postgres": in_postgres, "redis": in_redis, "messages": _records(lines)}
 
 
@@ -67,7 +81,7 @@ async def _in_postgres(settings: Settings, session_id: UUID, count: int) -> tupl
         except SessionNotFound:
             return "no row", None
         except DurableStoreUnavailable as exc:
-            return f"out ({exc})", None
+            return f"{_OUT}{exc})", None
     return f"{history.session.message_count} messages", history
 
 
@@ -78,7 +92,7 @@ async def _in_redis(settings: Settings, session_id: UUID) -> tuple[str, Entry | 
         try:
             found = await find_session(bounded, session_id)
         except CacheOutage as exc:
-            return f"out ({exc})", None
+            return f"{_OUT}{exc})", None
     match found.value:
         case Entry() as entry:
             held = entry.session.message_count - entry.first_seq + 1

@@ -436,6 +436,17 @@ def test_show_of_an_unknown_session_is_one_line(call, urls):
     assert line == "error: Session not found. PostgreSQL: no row. Redis: nothing."
 
 
+@pytest.mark.parametrize("out", ["DATABASE_URL", "REDIS_URL"])
+def test_show_does_not_say_that_there_is_no_session_while_a_store_is_out(call, urls, out):
+    line = one_line(call(f"show {UNKNOWN}", **(urls | {out: OUT[out]})))
+
+    assert "not found" not in line
+    assert line.startswith("error: whether there is such a session can't be said. PostgreSQL: ")
+    assert "out (" in line
+    assert line.endswith(f" (start what is out, or correct {out})")
+    assert "sesame" not in line
+
+
 @pytest.fixture
 async def strangers(redis, anyio_backend):
     """Two keys that no version of ours would have written."""
