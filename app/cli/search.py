@@ -13,6 +13,7 @@ from app.cli.moments import moment
 from app.cli.output import Json, print_json, print_table, refusals_are_lines
 from app.cli.targets import command_settings, required_database_url
 from app.cli.texts import text
+from app.errors import QueryRefused
 from app.wiring import open_database
 
 # A terminal shows the words and little around them.
@@ -56,7 +57,7 @@ def search(
     since = cut_to_milliseconds(since) if since else until - DEFAULT_RANGE
     match: Match = "substring" if substring else "words"
     with refusals_are_lines():
-        query = parse_query(" ".join(words), match)
+        query = _query(" ".join(words), match)
         found = asyncio.run(_search(query, since, until, user_id=user, role=role, limit=limit))
     more = found.next is not None
     if json:
@@ -85,6 +86,13 @@ def search(
         ],
         title=title,
     )
+
+
+def _query(words: str, match: Match) -> searching.Query:
+    try:
+        return parse_query(words, match)
+    except QueryRefused as exc:
+        raise QueryRefused(f"what is searched for {exc.detail}", hint=exc.hint) from exc
 
 
 async def _search(

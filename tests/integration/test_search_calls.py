@@ -168,7 +168,8 @@ async def test_the_command_prints_json(call, session):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["%%"], "no letter or digit"),
+        (["%%"], "error: what is searched for holds no letter or digit (search for a substring instead)"),
+        (["a"], "error: what is searched for has 1 characters"),
         (["ab", "--since", "2026-03-02", "--until", "2026-03-01"], "not after its begin"),
         (["ab", "--since", "2025-03-01", "--until", "2026-03-01"], "at most 92"),
         (["ab", "--role", "bot"], "bot"),
