@@ -1,7 +1,9 @@
 """`chat-sessions`: one file a command, named here, and read when its command is asked for."""
 
 import importlib
+import io
 import logging
+import sys
 from collections.abc import Iterator, Mapping
 from keyword import iskeyword
 from typing import Any
@@ -81,4 +83,7 @@ def _chat_sessions() -> None:
 def main() -> None:
     # A command says itself what it found out of order; `serve` sets up its log.
     logging.getLogger("chat_sessions").addHandler(logging.NullHandler())
+    # What people wrote goes to terminals that can't show all of it.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()

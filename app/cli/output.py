@@ -72,7 +72,9 @@ def progress(what: str, total: int | None = None) -> Iterator[Callable[[int], No
 
 
 def print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2, default=str) + "\n")
+    # What escapes an emoji for a terminal without UTF-8 is no escape of JSON's.
+    ascii_only = sys.stdout.encoding.lower() not in {"utf-8", "utf8"}
+    sys.stdout.write(json.dumps(value, ensure_ascii=ascii_only, indent=2, default=str) + "\n")
 
 
 def print_table(

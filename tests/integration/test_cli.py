@@ -403,6 +403,24 @@ def test_show_gives_json_with_the_newest_messages_asked_for(call, urls, session_
     ]
 
 
+@pytest.fixture
+async def in_vietnamese(settings, anyio_backend):
+    async with open_runtime(settings) as runtime:
+        session_id = (await runtime.store.create_session("an")).session.session_id
+        await runtime.store.append(new_append(session_id, "Điều kiện 😀"))
+        return session_id
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii:surrogateescape"])
+def test_show_escapes_what_the_encoding_of_its_output_has_not(shell, urls, in_vietnamese, encoding):
+    shown = shell(f"show {in_vietnamese}", PYTHONIOENCODING=encoding, **urls)
+    found = shell(f"show {in_vietnamese} --json", PYTHONIOENCODING=encoding, **urls)
+
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert rows_of(shown)[-1][3] == r"\u0110i\u1ec1u ki\u1ec7n \U0001f600"
+    assert json.loads(found.stdout)["messages"][0]["content"] == "Điều kiện 😀"
+
+
 def test_show_on_a_terminal_draws_a_table_and_passes_no_escape_of_a_message_on(urls, session_id, tmp_path):
     terminal, inside = pty.openpty()
     with subprocess.Popen(
