@@ -247,7 +247,7 @@ async def _read_bounded(request: Request, bytes_max: int) -> bytes:
         f"body: has more than {bytes_max} bytes (REQUEST_BODY_BYTES_MAX)",
         status=HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
     )
-    length = request.headers.get("content-length", "")
+    length = request.headers.get("content-length", "").lstrip("0")
     if length.isdecimal() and (len(length) > len(str(bytes_max)) or int(length) > bytes_max):
         raise too_large
     body = bytearray()
