@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from pathlib import Path
@@ -60,10 +60,26 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 async def noeviction(redis: Redis) -> AsyncIterator[None]:
     """The policy with which Redis may be the only truth."""
-    before = (await redis.config_get("maxmemory-policy"))["maxmemory-policy"]
-    await redis.config_set("maxmemory-policy", "noeviction")
+    async with configured(redis, {"maxmemory-policy": "noeviction"}):
+        yield
+
+
+@pytest.fixture
+async def eviction(redis: Redis) -> AsyncIterator[None]:
+    """A cache, bounded and on no disk, which a Redis that was given to the tests may not be."""
+    cache = {"maxmemory-policy": "volatile-ttl", "maxmemory": "256mb", "appendonly": "no"}
+    async with configured(redis, cache):
+        yield
+
+
+@asynccontextmanager
+async def configured(redis: Redis, wanted: Mapping[str, str]) -> AsyncIterator[None]:
+    before = {name: (await redis.config_get(name))[name] for name in wanted}
+    for name, value in wanted.items():
+        await redis.config_set(name, value)
     yield
-    await redis.config_set("maxmemory-policy", before)
+    for name, value in before.items():
+        await redis.config_set(name, value)
 
 
 @pytest.fixture
@@ -174,6 +190,7 @@ async def test_mode_says_what_is_and_changes_nothing(
     assert "mode\thybrid\n" in plain.out
 
 
+@pytest.mark.usefixtures("eviction")
 async def test_redis_only_is_refused_on_a_redis_that_evicts(
     call: Call, settings: Settings, database: Database
 ) -> None:
@@ -192,6 +209,7 @@ async def state_row(database: Database) -> Any:
         return await conn.fetchrow("SELECT * FROM chat.cache_state")
 
 
+@pytest.mark.usefixtures("eviction")
 async def test_eviction_can_be_accepted_and_is_warned_of(
     call: Call, database: Database, settings: Settings
 ) -> None:
@@ -500,6 +518,7 @@ async def some_adopted(redis_url: str) -> bool:
         return b"p" in await owners(redis)
 
 
+@pytest.mark.usefixtures("eviction")
 async def test_a_refusal_is_one_line_from_a_shell_too(environ: dict[str, str], tmp_path: Any) -> None:
     done = await asyncio.to_thread(run, "mode", "redis-only", cwd=tmp_path, **environ)
 
@@ -537,6 +556,7 @@ async def test_a_start_with_another_flag_is_refused_while_others_serve(
         assert await mode_row(database) == "hybrid"
 
 
+@pytest.mark.usefixtures("eviction")
 async def test_a_start_does_not_go_to_redis_only_on_a_redis_that_evicts(
     settings: Settings, database: Database
 ) -> None:
