@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -164,18 +164,21 @@ async def http_appends(over: OverHttp, pace: Pace) -> Scenario:
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """An open loop's latencies in milliseconds, by percentile."""
+    """An open loop's latencies in milliseconds, by percentile. A control has no goal."""
 
     name: str
     rate: float
     seconds: float
     percentiles: dict[str, float]
+    is_control: bool = False
 
     def measures(self) -> list[Measure]:
         shown = [
             Measure(name=f"{self.name}: {percent}", got=self.percentiles[percent], unit="ms")
             for percent in ("p50", "p99", "p99.9")
         ]
+        if self.is_control:
+            return shown
         tail = Measure(
             name=f"{self.name}: p99 / p50", got=self.percentiles["p99"] / self.percentiles["p50"], at_most=6
         )
@@ -186,15 +189,31 @@ async def latencies(over: OverHttp, seconds: float) -> list[Latency]:
     """Hypothesis: at half of what it can do at most, a worker answers steadily: batches are short, and what stops it
     (the garbage collector, a checkpoint, the heartbeat) is a few milliseconds. Expected: p99 at most 6 times p50,
     counted from when a request was due.
+
+    Control: a FastAPI route that answers the history's bytes as a constant, at the rate of the histories. It asks no
+    store: what it shows is how long the machine keeps a process that is ready from running.
     """
     found = []
     for name, requests in (("cached history", over.reads()), ("durable append", over.appends())):
         top = (await over.load(over.ours, requests, 2)).per_second
         rate = top * OF_THE_TOP_LOAD
-        result = await over.load(over.ours, requests, seconds, rate)
-        shown = f"open loop, {name} at {rate:,.0f}/s"
-        found.append(Latency(name=shown, rate=rate, seconds=seconds, percentiles=result.percentiles))
+        found.append(await _open_loop(over, over.ours, name, requests, rate, seconds))
+        if name == "cached history":
+            constant = [_request("GET", "/constant")]
+            control = await _open_loop(
+                over, over.fastapi, "control: FastAPI constant", constant, rate, seconds
+            )
+            found.append(replace(control, is_control=True))
     return found
+
+
+async def _open_loop(
+    over: OverHttp, served: Served, name: str, requests: list[str], rate: float, seconds: float
+) -> Latency:
+    result = await over.load(served, requests, seconds, rate)
+    return Latency(
+        name=f"open loop, {name} at {rate:,.0f}/s", rate=rate, seconds=seconds, percentiles=result.percentiles
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
