@@ -43,6 +43,7 @@ ServedMode = Literal["hybrid", "draining", "redis-only", "postgres"]
 #: One for the pulse, one for a writer that changes the epoch.
 PULSE_CONNECTIONS = 2
 
+_CLAIMS_AGAIN_SECONDS = 5.0
 _PARTITIONS_EVERY_SECONDS = 6 * 3600
 
 
@@ -175,7 +176,9 @@ async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIt
         if settings.enable_redis_sessions:
             redis = await stack.enter_async_context(open_redis(settings))
         if settings.database_url is None and settings.redis_only_mode:
-            store: ChatSessionStore = _open_redis_only(stack, settings, claims=True)
+            alone = _open_redis_only(stack, settings, claims=True)
+            stack.push_async_callback(stop, asyncio.create_task(_claim_guides(alone)))
+            store: ChatSessionStore = alone
         else:
             stores = await stack.enter_async_context(
                 open_stores(settings, instance_id=new_uuid(), redis_only=settings.redis_only_mode)
@@ -396,6 +399,19 @@ async def _leave(keeper: PostgresStateKeeper, instance_id: UUID | None) -> None:
     if instance_id is not None:
         with suppress(DurableStoreUnavailable):
             await keeper.leave()
+
+
+async def _claim_guides(store: RedisChatSessionStore) -> None:
+    """What the guide's program left: a session that is touched is claimed at once, all others by this."""
+    while True:
+        try:
+            if claimed := await store.claim_all():
+                log.info("%d sessions in the guide's format were taken over", claimed)
+        except ChatError as exc:
+            log.warning("the sessions of the guide's program were not looked at, will try again: %s", exc)
+            await asyncio.sleep(_CLAIMS_AGAIN_SECONDS)
+        else:
+            return
 
 
 async def _keep_partitions(database: Database) -> None:

@@ -79,7 +79,7 @@ ONLY_IN = {
     "pydantic_settings": {"app/settings.py"},
     "redis": {"app/redis_sessions"},
     "hiredis": {"app/redis_sessions"},
-    "sqlalchemy": {"app/postgres", "app/analytics", "migrations"},
+    "sqlalchemy": {"app/postgres", "app/analytics", "app/settings.py", "migrations"},
     "asyncpg": {"app/postgres", "app/analytics", "app/cli/doctor.py"},
     "pyarrow": {"app/archive/parquet.py"},
     "alembic": {"app/postgres/schema.py", "migrations"},

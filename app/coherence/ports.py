@@ -206,9 +206,13 @@ class GuideEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unreadable:
-    """A value that may hold words which nobody else has, in a form that can't be read back: nothing overwrites it."""
+    """A value that may hold words which nobody else has, in a form that can't be read back: nothing overwrites it.
+
+    `guides`: the guide's program wrote it, or may have.
+    """
 
     why: str
+    guides: bool = False
 
 
 #: None: nothing there, or nothing that anybody could miss.

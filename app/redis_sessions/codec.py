@@ -261,7 +261,14 @@ def _decode_guide(value: bytes, session_id: UUID) -> GuideEntry | Unreadable | N
             message_count=len(messages),
         )
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as exc:
-        return Unreadable(why=f"it is in the guide's format, but {exc!r}") if fields["messages"] else None
+        # This one's own words quote what was written.
+        surrogate = isinstance(exc, UnicodeEncodeError)
+        why = "holds a lone surrogate, which is no Unicode text" if surrogate else repr(exc)
+        return (
+            Unreadable(why=f"it is in the guide's format, but {why}", guides=True)
+            if fields["messages"]
+            else None
+        )
     return GuideEntry(session=session, messages=messages)
 
 

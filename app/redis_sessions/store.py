@@ -1,15 +1,16 @@
 """The guide's system: Redis is the source of truth, sessions expire.
 
 It needs no PostgreSQL. Over a database `app/redis_only.py` wraps it: then it serves only what it was handed
-over. It is as durable as Redis's own settings and no more. Each write is one script (`lua/`). The session's key
+over; without one it takes over what the guide's own program wrote, in place, where it meets it. It is as durable as Redis's own settings and no more. Each write is one script (`lua/`). The session's key
 lives in the sessions' database; the per-user index and the leases of turns live in the auxiliary one.
 """
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 from uuid import UUID
 
 from app.chat import (
@@ -27,6 +28,7 @@ from app.chat import (
 )
 from app.coherence.ports import (
     EPOCH_ZERO,
+    CachedValue,
     CacheOutage,
     CacheOutOfMemory,
     Entry,
@@ -46,10 +48,12 @@ from app.errors import (
     SessionTooLarge,
     TurnInProgress,
     TurnTakenOver,
+    Unadoptable,
 )
 from app.redis_sessions.client import BoundedRedis, WrongType, create_redis, get_bytes
 from app.redis_sessions.codec import HEAD_BYTES_MAX, decode, decode_head, encode
 from app.redis_sessions.keys import session_key, turn_key, user_key
+from app.redis_sessions.scan import scan_sessions
 from app.store import (
     Append,
     Appended,
@@ -62,6 +66,12 @@ from app.store import (
     StoreHealth,
     Turn,
 )
+
+#: How often an entry is read again that the guide's program changes while it is claimed.
+_CLAIMS_MAX = 5
+
+#: Between two batches of the walk: requests come first.
+_CLAIM_PAUSE_SECONDS = 0.02
 
 #: How many members of a user's index are asked for at once.
 _INDEX_CHUNK = 1000
@@ -236,8 +246,8 @@ class RedisChatSessionStore:
             outcome, *rest = await self._sessions.script(
                 "delete", [session_key(session_id)], [_json_or_empty(user_id)]
             )
-            if outcome == b"foreign":
-                await self._refuse_foreign(session_id)
+            if outcome == b"foreign" and await self.claim(session_id):
+                return await self.delete_session(session_id, user_id=user_id)
             session = decode_head(rest[0], session_id) if rest else None
             if session is None:
                 raise SessionNotFound
@@ -253,6 +263,49 @@ class RedisChatSessionStore:
         except CacheOutage as exc:
             return (StoreHealth(name="redis", status="fail", state=f"out ({exc})"),)
         return (StoreHealth(name="redis", status="pass", state="source of truth"),)
+
+    # -- what the guide's own program left
+
+    async def claim(self, session_id: UUID) -> bool:
+        """Puts a session that the guide's program wrote into our layout, where it stands, and into its user's index.
+
+        Nothing of it is lost or changed: the script compares the value with what was read. False: there is none in that
+        format. Raises `AdoptionPending` where a database is to adopt it, and `Unadoptable` for what can't be written down.
+        """
+        async with _redis_is_the_truth():
+            for _ in range(_CLAIMS_MAX):
+                async with self._sessions.step() as redis:
+                    try:
+                        found = await get_bytes(redis.get(session_key(session_id)))
+                    except WrongType:
+                        return False
+                guide = decode(found, session_id) if found is not None else None
+                if found is None or not _is_the_guides(guide):
+                    return False
+                if not self._claims:
+                    raise AdoptionPending
+                if isinstance(guide, Unreadable):
+                    raise _unadoptable(session_id, guide.why)
+                value = _in_our_layout(guide)
+                # The index first, as for a session that is created.
+                async with self._aux.step() as redis:
+                    score = _score(guide.session.created_at)
+                    await redis.zadd(user_key(guide.session.user_id), {str(session_id): score})
+                if await self._sessions.script("claim", [session_key(session_id)], [found, value]):
+                    return True
+        raise AdoptionPending("the guide's program changes this session all the time", hint="try again")
+
+    async def claim_all(self) -> int:
+        """Claims every such session, so that lists have those that nobody touches. How many there were. Safe to repeat."""
+        claimed = 0
+        async with _redis_is_the_truth():
+            async for seen in scan_sessions(self._sessions):
+                for one in seen:
+                    if one.session_id is not None and one.kind == "guide":
+                        with suppress(AdoptionPending):
+                            claimed += await self.claim(one.session_id)
+                await asyncio.sleep(_CLAIM_PAUSE_SECONDS)
+        return claimed
 
     # -- what Redis-only mode over a database needs
 
@@ -310,9 +363,10 @@ class RedisChatSessionStore:
             except WrongType:
                 value = None
         entry = decode(value, session_id) if value is not None else None
-        if isinstance(entry, GuideEntry):
-            raise AdoptionPending
-        if isinstance(entry, Unreadable):
+        if _is_the_guides(entry):
+            await self.claim(session_id)
+            return await self._entry(session_id, user_id, min_seq)
+        if not isinstance(entry, Entry):
             entry = None
         if entry is not None and not self._claims and (entry.owner != "redis" or entry.dirty):
             raise NotHandedOver
@@ -355,12 +409,11 @@ class RedisChatSessionStore:
                     *(text for message in append.messages for text in _split_line(message)),
                 ],
             )
-        return await self._outcome(append.session_id, outcome.decode(), rest)
+        if outcome == b"foreign" and await self.claim(append.session_id):
+            return await self._write(append, want_value=want_value)
+        return self._outcome(append.session_id, outcome.decode(), rest)
 
-    async def _outcome(self, session_id: UUID, outcome: str, rest: list[Any]) -> "_Written":
-        if outcome == "foreign":
-            await self._refuse_foreign(session_id)
-            raise SessionNotFound
+    def _outcome(self, session_id: UUID, outcome: str, rest: list[Any]) -> "_Written":
         if outcome not in {"appended", "replayed", "taken-over"}:
             raise self._refusal(outcome, rest)
         entry = decode(rest[0], session_id)
@@ -389,16 +442,6 @@ class RedisChatSessionStore:
                     hint="begin a new session",
                 )
         return SessionNotFound()
-
-    async def _refuse_foreign(self, session_id: UUID) -> None:
-        """Something stands there that is not in our format: the guide's own is waiting for adoption."""
-        async with self._sessions.step() as redis:
-            try:
-                value = await get_bytes(redis.get(session_key(session_id)))
-            except WrongType:
-                value = None
-        if value is not None and isinstance(decode(value, session_id), GuideEntry):
-            raise AdoptionPending
 
     async def _alive(self, user_id: str) -> list[tuple[int, str]]:
         """A user's sessions that still exist, newest first; prunes the index of the others."""
@@ -456,6 +499,31 @@ class _Written:
         prefix = line_prefix(message_id).encode()
         lines = (line for line in self.entry.body.split(b",\n") if line.startswith(prefix))
         return next((Message.from_line(line.decode()) for line in lines), None)
+
+
+def _is_the_guides(value: CachedValue) -> TypeGuard[GuideEntry | Unreadable]:
+    return isinstance(value, GuideEntry) or (isinstance(value, Unreadable) and value.guides)
+
+
+def _in_our_layout(guide: GuideEntry) -> bytes:
+    session = guide.session
+    row = Row(session=session, chain=CHAIN_START, owner="redis")
+    lines = [message.line(seq) for seq, message in enumerate(guide.messages, 1)]
+    try:
+        value = encode(row, epoch=EPOCH_ZERO, lines=lines)
+    except UnicodeEncodeError as exc:
+        # An id or a user's name: of the messages their own ids would have told.
+        raise _unadoptable(session.session_id, "it holds a lone surrogate, which is no Unicode text") from exc
+    if decode_head(value[:HEAD_BYTES_MAX], session.session_id) is None:
+        raise _unadoptable(session.session_id, "its user id is too long")
+    return value
+
+
+def _unadoptable(session_id: UUID, why: str) -> Unadoptable:
+    return Unadoptable(
+        f"Redis holds this session for itself, and it can't be read back: {why}",
+        hint=f"look at session:{session_id} in Redis, and correct it there",
+    )
 
 
 def _begin(append: Append) -> BeginTurn:

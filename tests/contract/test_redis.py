@@ -1,15 +1,29 @@
 """Redis alone keeps the contract, as long as a session lives."""
 
+import json
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
+from uuid import UUID
 
 import pytest
 from redis.asyncio import Redis
 
-from app.chat import utc_now
-from app.errors import AdoptionPending, SessionNotFound, SessionTooLarge
+from app.chat import new_uuid, utc_now
+from app.coherence.ports import GuideEntry
+from app.errors import (
+    AdoptionPending,
+    NotYetVisible,
+    SeqMismatch,
+    SessionNotFound,
+    SessionTooLarge,
+    TurnTakenOver,
+    Unadoptable,
+)
+from app.redis_sessions.client import BoundedRedis
+from app.redis_sessions.codec import decode
 from app.redis_sessions.keys import session_key, user_key
 from app.redis_sessions.store import RedisChatSessionStore
 from tests.contract.suite import (
@@ -47,13 +61,18 @@ class TestRedisStore(ChatSessionStoreContract, SlidingTtlContract):
         async with AsyncExitStack() as stack:
 
             def make(
-                *, ttl_seconds: int = 3600, messages_max: int = 100, session_bytes_max: int = 8 * 1024 * 1024
+                *,
+                ttl_seconds: int = 3600,
+                messages_max: int = 100,
+                session_bytes_max: int = 8 * 1024 * 1024,
+                claims: bool = True,
             ) -> RedisChatSessionStore:
                 store = RedisChatSessionStore(
                     redis_url=servers.redis_url,
                     session_ttl=ttl_seconds,
                     messages_max=messages_max,
                     session_bytes_max=session_bytes_max,
+                    claims=claims,
                 )
                 stack.push_async_callback(store.close)
                 return store
@@ -148,18 +167,123 @@ class TestRedisStore(ChatSessionStoreContract, SlidingTtlContract):
         assert [text[:1] for text in await texts(store, session_id)] == ["8", "9"]
 
     @every_call
-    async def test_a_session_in_the_guides_format_waits_for_adoption(
+    async def test_over_a_database_a_session_in_the_guides_format_waits_for_adoption(
         self, make_store: MakeStore, redis: Redis, call: Call
     ) -> None:
-        store = make_store()
-        session_id = await new_session(store)
+        session_id = new_uuid()
         value = guide_value(session_id, "a", "b")
         await redis.set(session_key(session_id), value, ex=100)
 
         with pytest.raises(AdoptionPending):
-            await call(store, session_id, "user123")
+            await call(make_store(claims=False), session_id, "user123")
 
         assert await redis.get(session_key(session_id)) == value
+
+    @every_call
+    async def test_a_session_in_the_guides_format_is_taken_over_where_it_stands(
+        self, make_store: MakeStore, redis: Redis, call: Call
+    ) -> None:
+        store = make_store()
+        session_id, other = new_uuid(), new_uuid()
+        for one in (session_id, other):
+            await redis.set(session_key(one), guide_value(one, "a", "điều kiện"), ex=100)
+
+        # What a call says of a session of two messages and without turns.
+        with suppress(NotYetVisible, SeqMismatch, TurnTakenOver):
+            await call(store, session_id, "user123")
+        with pytest.raises(SessionNotFound):
+            await call(store, other, "somebody else")
+
+        assert (await texts(store, other)) == ["a", "điều kiện"]
+        if await redis.exists(session_key(session_id)):
+            assert (await texts(store, session_id))[:2] == ["a", "điều kiện"]
+            page = await store.list_sessions("user123", limit=10)
+            assert {one.session_id for one in page.sessions} == {session_id, other}
+        else:
+            assert (await store.list_sessions("user123", limit=10)).total == 1
+
+    async def test_a_session_that_is_taken_over_has_the_ids_that_adoption_would_give_it(
+        self, make_store: MakeStore, redis: Redis
+    ) -> None:
+        store = make_store()
+        session_id = new_uuid()
+        value = guide_value(session_id, "a", "a", "b")
+        await redis.set(session_key(session_id), value, ex=100)
+        guide = decode(value, session_id)
+
+        history = await store.read_history(session_id, max_messages=10)
+
+        assert isinstance(guide, GuideEntry)
+        assert [one.message_id for one in history.messages] == [one.message_id for one in guide.messages]
+        assert history.session == guide.session
+
+    async def test_what_the_guides_program_writes_meanwhile_is_taken_over_with_it(
+        self, make_store: MakeStore, redis: Redis, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = make_store()
+        session_id = new_uuid()
+        await redis.set(session_key(session_id), guide_value(session_id, "a"), ex=100)
+        later = [guide_value(session_id, "a", "b", "c"), guide_value(session_id, "a", "b")]
+        script = BoundedRedis.script
+
+        async def late(self: BoundedRedis, name: str, *arguments: Any) -> Any:
+            if name == "claim" and later:
+                await redis.set(session_key(session_id), later.pop(), keepttl=True)
+            return await script(self, name, *arguments)
+
+        monkeypatch.setattr(BoundedRedis, "script", late)
+
+        assert await store.claim(session_id)
+        assert 0 < await redis.ttl(session_key(session_id)) <= 100
+        assert await texts(store, session_id) == ["a", "b", "c"]
+        # As it reads and writes what is in our layout now.
+        guides = json.loads(await redis.get(session_key(session_id)))
+        guides["messages"].append({"role": "user", "content": "d"})
+        await redis.set(session_key(session_id), json.dumps(guides), ex=100)
+        assert await texts(store, session_id) == ["a", "b", "c", "d"]
+        assert await store.claim(session_id) is False
+
+    @pytest.mark.parametrize(
+        ("changed", "why"),
+        [
+            ((b'"role": "user"', b'"nothing": 1'), "KeyError"),
+            ((b"user123", b"\\ud800"), "lone surrogate"),
+            ((b'"a"', b'"\\ud800"'), "lone surrogate"),
+            ((b"user123", b"u" * 3000), "user id is too long"),
+        ],
+    )
+    @every_call
+    async def test_what_can_not_be_written_down_waits_untouched(
+        self, make_store: MakeStore, redis: Redis, call: Call, changed: tuple[bytes, bytes], why: str
+    ) -> None:
+        store = make_store()
+        session_id = new_uuid()
+        value = guide_value(session_id, "a").replace(*changed)
+        await redis.set(session_key(session_id), value, ex=100)
+
+        with pytest.raises(Unadoptable, match=why) as refused:
+            await call(store, session_id, "user123")
+
+        assert refused.value.hint == f"look at session:{session_id} in Redis, and correct it there"
+        assert await redis.get(session_key(session_id)) == value
+        assert await store.claim_all() == 0
+
+    async def test_a_walk_takes_over_what_nobody_touches(self, make_store: MakeStore, redis: Redis) -> None:
+        store = make_store()
+        ours = await new_session(store, "ours")
+        guides = [new_uuid() for _ in range(1200)]
+        for session_id in guides:
+            await redis.set(session_key(session_id), guide_value(session_id, "a"), ex=100)
+        for index, garbage in enumerate(GARBAGE):
+            await redis.set(session_key(UUID(int=index)), garbage)
+        await redis.lpush("session:list", "x")
+
+        claimed = await store.claim_all()
+
+        assert claimed == len(guides)
+        page = await store.list_sessions("user123", limit=2000)
+        assert {one.session_id for one in page.sessions} == {ours, *guides}
+        assert await store.claim_all() == 0
 
     @every_call
     async def test_a_value_that_is_no_session_is_not_found(

@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from app.application import create_app
 from app.chat import format_time, keyed_message_id, new_uuid, utc_now
 from app.postgres.schema import REVISION
+from tests.contract.suite import until
 from tests.databases import migrate, new_database, taken_away
 from tests.factories import guide_value
 from tests.integration.api_client import (
@@ -1019,6 +1020,38 @@ class TestWhereAnswersComeFrom:
         assert answer.is_success, answer.text
         stored = await messages_in_postgresql(api, session_id)
         assert stored[:2] == ([] if method == "DELETE" else ["a", "b"])
+
+    @pytest.mark.parametrize("mode", ["redis-only"], indirect=True)
+    @pytest.mark.parametrize("call", CALLS)
+    async def test_without_a_database_a_session_of_the_guides_program_goes_on(self, api, redis, call):
+        session_id = new_uuid()
+        await redis.set(f"session:{session_id}", guide_value(session_id, "a", "b"), ex=60)
+        method, path, body = CALLS[call]
+        session = f"{SESSIONS}/{session_id}"
+        answer = await api.request(method, f"{session}{path}", json=body)
+        assert answer.is_success, answer.text
+        if method == "DELETE":
+            assert not await redis.exists(f"session:{session_id}")
+        else:
+            assert (await api.contents(session))[:2] == ["a", "b"]
+            # As the guide's own commands look at it.
+            assert json.loads(await redis.get(f"session:{session_id}"))["messages"][0]["content"] == "a"
+            assert await redis.ttl(f"session:{session_id}") > 60
+
+    @pytest.mark.parametrize("mode", ["redis-only"], indirect=True)
+    async def test_without_a_database_the_guides_sessions_are_listed_before_anybody_touches_them(
+        self, settings, redis
+    ):
+        session_id = new_uuid()
+        guide = guide_value(session_id, "a", user_id="untouched")
+        await redis.set(f"session:{session_id}", guide, ex=60)
+
+        async def listed():
+            page = (await api.get(f"{SESSIONS}?user_id=untouched")).json()
+            return [one["session_id"] for one in page["sessions"]] == [str(session_id)]
+
+        async with open_api(settings) as api:
+            await until(listed)
 
     @pytest.mark.parametrize("mode", ["hybrid"], indirect=True)
     async def test_what_postgresql_can_not_take_over_waits_in_redis(self, api, redis):
