@@ -108,7 +108,7 @@ class Runtime:
 
 
 @asynccontextmanager
-async def open_database(settings: Settings) -> AsyncIterator[Database]:
+async def open_database(settings: Settings, *, remembers_outages: bool = False) -> AsyncIterator[Database]:
     """The database alone, for commands. Raises `StartRefused` without DATABASE_URL."""
     if settings.database_url is None:
         raise StartRefused(
@@ -122,6 +122,7 @@ async def open_database(settings: Settings) -> AsyncIterator[Database]:
             pooler=settings.database_pooler,
         ),
         pooler=settings.database_pooler,
+        remembers_outages=remembers_outages,
     )
     try:
         yield database
@@ -239,14 +240,19 @@ async def open_stores(
     async with AsyncExitStack() as stack:
         if settings.enable_redis_sessions:
             required_redis_url(settings)
-        database = await stack.enter_async_context(open_database(settings))
+        # Who serves has others waiting; a command has time, and nobody beside it.
+        database = await stack.enter_async_context(
+            open_database(settings, remembers_outages=instance_id is not None)
+        )
         with _outage_refuses():
             await require_revision(database)
         # Of its own: when requests have taken all connections, the lease must not end.
         pulse = await stack.enter_async_context(
             open_database(settings.model_copy(update={"database_pool_size": PULSE_CONNECTIONS}))
         )
-        keeper = PostgresStateKeeper(pulse, instance_id=instance_id, version=__version__)
+        keeper = PostgresStateKeeper(
+            pulse, instance_id=instance_id, version=__version__, on_answer=database.answers_again
+        )
         counts, lease = Counts(), Lease()
         cache = _open_cache(stack, settings) if settings.enable_redis_sessions else None
         probe = cache.probe if cache is not None and follows else None

@@ -1,5 +1,6 @@
 """The row `chat.cache_state`: who owns the data, and which era of the cache this is. And who serves it."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from secrets import token_hex
 from uuid import UUID
@@ -20,11 +21,20 @@ _PRESENT_EVERY_BEATS = 5
 class PostgresStateKeeper:
     """Keeps `app.coherence.ports.StateKeeper` on a database handle of its own.
 
-    While `instance_id` is given, each few reads also note in `chat.instances` that this process serves.
+    While `instance_id` is given, each few reads also note in `chat.instances` that this process serves. `on_answer` is
+    called for each.
     """
 
-    def __init__(self, database: Database, *, instance_id: UUID | None = None, version: str = "") -> None:
+    def __init__(
+        self,
+        database: Database,
+        *,
+        instance_id: UUID | None = None,
+        version: str = "",
+        on_answer: Callable[[], None] = lambda: None,
+    ) -> None:
         self._database = database
+        self._on_answer = on_answer
         self._instance_id = instance_id
         self._version = version
         self._beats = 0
@@ -42,6 +52,7 @@ class PostgresStateKeeper:
             if self._instance_id is not None and self._beats % _PRESENT_EVERY_BEATS == 0:
                 await conn.execute(statements.PRESENT, self._instance_id, self._version, PROTOCOL)
             self._beats += 1
+        self._on_answer()
         state = state_of(record)
         timeline, self._timeline = self._timeline, record["timeline"]
         if timeline not in {None, record["timeline"]}:

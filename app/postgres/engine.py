@@ -4,6 +4,7 @@ One SQLAlchemy engine owns the pool; hot statements run on its asyncpg connectio
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,6 +22,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 from app.coherence.ports import Interrupted
 from app.errors import ChatError, CommitUnknown, DurableStoreUnavailable, StartRefused
 
+log = logging.getLogger("chat_sessions.postgres")
+
 #: Longer than any of our statements takes, shorter than a caller's patience.
 STATEMENT_TIMEOUT_SECONDS = 3.0
 
@@ -28,6 +31,13 @@ STATEMENT_TIMEOUT_SECONDS = 3.0
 COMMAND_TIMEOUT_SECONDS = STATEMENT_TIMEOUT_SECONDS + 1.0
 
 CONNECT_TIMEOUT_SECONDS = 2.0
+
+#: A server of which there was a sign so lately is there: the statement was what took too long.
+_SIGN_SECONDS = 1.0
+
+#: How often one that let somebody wait in vain is tried by a request, one at a time. The heartbeat tries all the time, but
+#: it may be what can't connect.
+_TRY_AGAIN_SECONDS = 5.0
 
 #: PostgreSQL counts days from here.
 _POSTGRES_DAY_ZERO = date(2000, 1, 1).toordinal()
@@ -118,15 +128,59 @@ def create_engine(
 
 
 class Database:
-    """Connections of one engine, and when the primary last answered on one of them. `pooler` as it was made with."""
+    """Connections of one engine, and when the primary last answered on one of them. `pooler` as it was made with.
 
-    def __init__(self, engine: AsyncEngine, *, pooler: Literal["none", "transaction"] = "none") -> None:
+    With `remembers_outages` a server that let somebody wait in vain, because it hangs or its network swallows packets, is
+    not waited for by others: until it answers, or `answers_again` says so, all but one each few seconds are refused at once
+    (a circuit breaker: Nygard, "Release It!"). One that refuses by itself is asked as ever.
+    """
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        *,
+        pooler: Literal["none", "transaction"] = "none",
+        remembers_outages: bool = False,
+    ) -> None:
         self.engine = engine
         self._begin = _BEGIN[pooler]
         self._heard_at = time.monotonic()
+        self._remembers_outages = remembers_outages
+        self._out = False
+        self._tried_at = 0.0
+        self._sign_at = self._heard_at
 
     def seconds_since_heard(self) -> float:
         return time.monotonic() - self._heard_at
+
+    def answers_again(self) -> None:
+        """Somebody else had an answer, on a connection of his own."""
+        self._sign_at = time.monotonic()
+        if self._out:
+            self._out = False
+            log.warning("PostgreSQL answers again")
+
+    def _refuse_or_try(self) -> None:
+        now = time.monotonic()
+        if now - self._tried_at < _TRY_AGAIN_SECONDS:
+            raise DurableStoreUnavailable("PostgreSQL did not answer a moment ago")
+        # This one tries, and may wait as long as it takes: the others go on without it.
+        self._tried_at = now + CONNECT_TIMEOUT_SECONDS
+
+    def _failed(self, exc: Exception) -> Exception:
+        now = time.monotonic()
+        if self._remembers_outages and _was_waited_for(exc) and now - self._sign_at >= _SIGN_SECONDS:
+            if not self._out:
+                log.warning(
+                    "PostgreSQL does not answer: requests that need it are refused at once until it does"
+                )
+            self._out = True
+            self._tried_at = now
+        return outage_or_same(exc)
+
+    def _answered(self) -> None:
+        self._heard_at = time.monotonic()
+        self.answers_again()
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[asyncpg.Connection]:
@@ -134,6 +188,8 @@ class Database:
 
         A connection that saw anything but an answer is dropped, never given to the next caller.
         """
+        if self._out:
+            self._refuse_or_try()
         try:
             # Without SQLAlchemy's own Connection around it, which cost a tenth of an append.
             pooled = await self.engine.raw_connection()
@@ -148,21 +204,23 @@ class Database:
                 raise
             finally:
                 pooled.close()
-            self._heard_at = time.monotonic()
+            self._answered()
         except (ChatError, Interrupted):
             raise
         except Exception as exc:
-            raise outage_or_same(exc) from exc
+            raise self._failed(exc) from exc
 
     @asynccontextmanager
     async def core(self) -> AsyncIterator[AsyncConnection]:
         """A connection for SQLAlchemy Core, for what is not hot. Reads only: nothing is committed."""
+        if self._out:
+            self._refuse_or_try()
         try:
             async with self.engine.connect() as conn:
                 yield conn
         except Exception as exc:
-            raise outage_or_same(exc) from exc
-        self._heard_at = time.monotonic()
+            raise self._failed(exc) from exc
+        self._answered()
 
     @asynccontextmanager
     async def transaction(self, *, lock_timeout_ms: int | None = None) -> AsyncIterator[asyncpg.Connection]:
@@ -192,11 +250,22 @@ class Database:
         await self.engine.dispose()
 
 
-def outage_or_same(exc: Exception) -> Exception:
-    """`DurableStoreUnavailable` for an error that says PostgreSQL can't serve now; else the error itself."""
-    # SQLAlchemy translates the driver's error, and its Connection wraps that.
+def _causes(exc: Exception) -> tuple[BaseException | None, BaseException | None]:
+    """As SQLAlchemy translates the driver's error, where its Connection does not wrap that, and as the driver says it."""
     translated: BaseException | None = exc.orig if isinstance(exc, DBAPIError) else exc
     cause = translated.__cause__ if isinstance(translated, AsyncAdapt_asyncpg_dbapi.Error) else translated
+    return translated, cause
+
+
+def _was_waited_for(exc: Exception) -> bool:
+    """Nothing came in time. Not so where no connection was free: then the server answers somebody else."""
+    _, cause = _causes(exc)
+    return isinstance(cause, TimeoutError | asyncio.TimeoutError)
+
+
+def outage_or_same(exc: Exception) -> Exception:
+    """`DurableStoreUnavailable` for an error that says PostgreSQL can't serve now; else the error itself."""
+    translated, cause = _causes(exc)
     state = getattr(cause, "sqlstate", None) or getattr(translated, "sqlstate", None)
     if state is not None:
         if state[:2] in _OUTAGE_CLASSES or state in _OUTAGE_STATES:

@@ -28,7 +28,7 @@ _LAST_WORDS_SECONDS = 0.5
 
 
 class Link:
-    """Listens on a port of its own and passes on to the port that `upstream` names at that moment."""
+    """Listens on a port of its own, 0 for any, and passes on to the port that `upstream` names at that moment."""
 
     def __init__(self, port: int, upstream: Callable[[], int]) -> None:
         self.port = port
@@ -44,6 +44,7 @@ class Link:
         if self._listener is None:
             loop = asyncio.get_running_loop()
             self._listener = await loop.create_server(lambda: _Client(self), LOOPBACK, self.port)
+            self.port = self._listener.sockets[0].getsockname()[1]
 
     def abandon(self) -> None:
         """Nothing goes on any more, not even what was on its way."""
