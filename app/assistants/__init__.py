@@ -80,7 +80,8 @@ async def ask(
             raise
         # The assistant awaited something of its own that was cancelled: nobody cancelled this request.
         raise AssistantFailed(f"the assistant failed: {described(exc)}") from exc
-    except Exception as exc:
+    # A library that gives up by sys.exit() must not end the service.
+    except (Exception, SystemExit) as exc:
         if deadline.expired():
             raise _timed_out(deadline_seconds) from exc
         if isinstance(exc, AssistantFailed | AssistantTimedOut):

@@ -140,6 +140,11 @@ async def test_an_exception_becomes_one_line_with_its_type_and_text():
     assert caught.value.__cause__ is cause
 
 
+async def test_an_assistant_that_exits_has_failed():
+    with pytest.raises(AssistantFailed, match="SystemExit: no licence"):
+        await ask(raising(SystemExit("no licence")), [message()], deadline_seconds=5)
+
+
 async def test_a_long_error_text_is_cut():
     with pytest.raises(AssistantFailed) as caught:
         await ask(raising(ValueError("x" * 1_000_000)), [message()], deadline_seconds=5)
@@ -278,6 +283,7 @@ def test_a_factory_that_gives_no_assistant_refuses_the_start_in_one_line(own_mod
         ({"openai_base_url": "ftp://host/v1"}, "expected http://HOST:PORT/v1"),
         ({"openai_base_url": "http://"}, "expected http://HOST:PORT/v1"),
         ({"openai_base_url": "http://host:port/v1"}, "OPENAI_BASE_URL is"),
+        ({"openai_base_url": "http://host:99999/v1"}, "OPENAI_BASE_URL is"),
         ({"openai_model": ""}, "OPENAI_MODEL is not set"),
     ],
 )

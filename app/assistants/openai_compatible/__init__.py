@@ -32,6 +32,8 @@ _HINTS = {
     404: "check OPENAI_BASE_URL and OPENAI_MODEL",
 }
 
+_PORT_MAX = 65_535
+
 _log = logging.getLogger(__name__)
 
 
@@ -231,7 +233,11 @@ def _checked_url(base_url: str | None) -> httpx.URL:
         url = httpx.URL(base_url.strip())
     except httpx.InvalidURL as exc:
         raise StartRefused(f"OPENAI_BASE_URL is {base_url!r}: {exc}", hint=expected) from exc
-    if url.scheme not in {"http", "https"} or not url.host:
+    if (
+        url.scheme not in {"http", "https"}
+        or not url.host
+        or not 0 < (80 if url.port is None else url.port) <= _PORT_MAX
+    ):
         raise StartRefused(f"OPENAI_BASE_URL is {base_url!r}", hint=expected)
     return url.copy_with(path=url.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions")
 
