@@ -40,7 +40,8 @@ def refusals_are_lines(*, code: int = 1) -> Iterator[None]:
 def _said(exc: ChatError | CacheOutage) -> str:
     """What a request's caller can only wait for, who runs a command can do something about."""
     if isinstance(exc, DurableStoreUnavailable) and exc.hint is None:
-        return f"{exc} (start PostgreSQL, or correct DATABASE_URL)"
+        reached = "can't be reached" not in exc.detail
+        return f"{exc} ({'look at PostgreSQL' if reached else 'start PostgreSQL'}, or correct DATABASE_URL)"
     if isinstance(exc, CacheOutage) and not isinstance(exc, CacheOutOfMemory):
         return f"{exc} (start Redis, or correct REDIS_URL)"
     return str(exc)

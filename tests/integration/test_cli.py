@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
@@ -229,6 +230,14 @@ def test_postgresql_that_is_out_is_one_line_without_the_password(call):
     assert all(line.startswith("error: PostgreSQL can't be reached: ") for line in lines)
     assert all(line.endswith(" (start PostgreSQL, or correct DATABASE_URL)") for line in lines)
     assert not any("sesame" in line for line in lines)
+
+
+def test_postgresql_that_refuses_is_not_to_be_started(call, servers):
+    elsewhere = urlsplit(servers.database_url)._replace(path="/nowhere").geturl()
+    line = one_line(call("partitions", DATABASE_URL=elsewhere))
+
+    assert 'database "nowhere" does not exist' in line
+    assert line.endswith(" (look at PostgreSQL, or correct DATABASE_URL)")
 
 
 def test_redis_that_is_out_is_one_line_without_the_password(call, urls):
