@@ -75,12 +75,8 @@ async def count(url: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Archive:
-    """An archive, and the 90 days that are asked of it."""
-
     database: Database
     conn: Any
-    since: datetime
-    until: datetime
 
 
 @asynccontextmanager
@@ -88,11 +84,15 @@ async def _opened(url: str) -> AsyncIterator[_Archive]:
     database = Database(create_engine(url, application_name="benchmark", pool_size=1))
     try:
         async with connected(url) as conn:
-            last: datetime = await conn.fetchval("SELECT max(created_at) FROM chat.chat_messages")
-            until = last.astimezone(ZoneInfo(_ZONE)).replace(hour=0, minute=0, second=0, microsecond=0)
-            yield _Archive(database, conn, until - timedelta(days=_DAYS), until)
+            yield _Archive(database, conn)
     finally:
         await database.close()
+
+
+async def _last_day(archive: _Archive) -> datetime:
+    """The midnight before the last message."""
+    last: datetime = await archive.conn.fetchval("SELECT max(created_at) FROM chat.chat_messages")
+    return last.astimezone(ZoneInfo(_ZONE)).replace(hour=0, minute=0, second=0, microsecond=0)
 
 
 async def measure(urls: Mapping[int, str], rounds: int) -> dict[int, dict[str, tuple[float, float | None]]]:
@@ -103,22 +103,21 @@ async def measure(urls: Mapping[int, str], rounds: int) -> dict[int, dict[str, t
             messages: await opened.enter_async_context(_opened(url)) for messages, url in urls.items()
         }
         largest = archives[max(archives)]
+        # The same days of each: to begin on another weekday is other work.
+        until = min([await _last_day(one) for one in archives.values()])
+        since = until - timedelta(days=_DAYS)
         for name, query in reports.REPORTS.items():
             plain = None
             if query.plain:
-                call = _plain(largest.database, query.plain, largest.since, largest.until)
+                call = _plain(largest.database, query.plain, since, until)
                 plain = (await _medians({0: call}, 3))[0]
             calls = {
-                messages: _report(one.database, name, one.since, one.until)
-                for messages, one in archives.items()
+                messages: _report(one.database, name, since, until) for messages, one in archives.items()
             }
             for messages, seconds in (await _medians(calls, rounds)).items():
                 found[messages][name] = seconds, plain
-        statements = {messages: panels(one.since, one.until) for messages, one in archives.items()}
-        for title in statements[max(archives)]:
-            calls = {
-                messages: _fetch(one.conn, statements[messages][title]) for messages, one in archives.items()
-            }
+        for title, sql in panels(since, until).items():
+            calls = {messages: _fetch(one.conn, sql) for messages, one in archives.items()}
             for messages, seconds in (await _medians(calls, rounds)).items():
                 found[messages][f"panel: {title}"] = seconds, None
     return found

@@ -29,23 +29,6 @@ WITH ranges(which, first_day, end_day) AS (
         WHERE day >= r.first_day AND day < r.end_day
     ) written
     CROSS JOIN LATERAL (
-        SELECT coalesce(sum(users), 0)::double precision AS active_users
-        FROM (
-            SELECT active_users AS users
-            FROM analytics.users_lifecycle
-            WHERE grain = 'day' AND period >= r.first_day AND period < r.end_day
-            UNION ALL
-            -- Who wrote on an earlier day of the range was counted there. Those are few, all who came back are not.
-            SELECT -again
-            FROM generate_series(1, r.end_day - r.first_day - 1) AS later(n)
-            CROSS JOIN LATERAL (
-                SELECT sum(users) AS again
-                FROM analytics.user_visits
-                WHERE grain = 'day' AND period = r.first_day + n AND gap_or_0 BETWEEN 1 AND n
-            ) v
-        ) days
-    ) visited
-    CROSS JOIN LATERAL (
         SELECT min(about_ms) FILTER (WHERE so_far >= 0.95 * total) AS p95_ms
         FROM (
             SELECT about_ms, sum(answers) OVER (ORDER BY bucket) AS so_far, sum(answers) OVER () AS total
@@ -58,7 +41,7 @@ WITH ranges(which, first_day, end_day) AS (
         ) running
     ) timed
     CROSS JOIN LATERAL (
-        VALUES (1, 'sessions', sessions), (2, 'active_users', active_users), (3, 'messages', messages),
+        VALUES (1, 'sessions', sessions), (2, 'active_users', analytics.active_users(r.first_day, r.end_day)), (3, 'messages', messages),
                (4, 'response_time_p95_ms', p95_ms), (5, 'unanswered_rate', unanswered_rate)
     ) AS named(place, metric, figure)
 )
@@ -556,23 +539,7 @@ FROM (
     FROM analytics.sessions_daily
     WHERE day >= :first_day AND day < :end_day
 ) created
-CROSS JOIN (
-    SELECT coalesce(sum(users), 0)::bigint AS users
-    FROM (
-        SELECT active_users AS users
-        FROM analytics.users_lifecycle
-        WHERE grain = 'day' AND period >= :first_day AND period < :end_day
-        UNION ALL
-        -- Who wrote on an earlier day of the range was counted there.
-        SELECT -again
-        FROM generate_series(1, CAST(:end_day AS date) - CAST(:first_day AS date) - 1) AS later(n)
-        CROSS JOIN LATERAL (
-            SELECT sum(users) AS again
-            FROM analytics.user_visits
-            WHERE grain = 'day' AND period = CAST(:first_day AS date) + n AND gap_or_0 BETWEEN 1 AND n
-        ) v
-    ) days
-) visited;
+CROSS JOIN analytics.active_users(:first_day, :end_day) AS active(users);
 
 -- retention --
 -- Users by the week in which they wrote first, if that begins in the range, and the share of them who wrote so many weeks later.

@@ -88,6 +88,7 @@ async def test_an_analyst_reads_every_column_but_those_with_text(
 
 _QUANTILES = "SELECT * FROM analytics.session_quantiles('turns', '2000-01-01', '2100-01-01')"
 _OTHER_ROLES = "SELECT * FROM analytics.messages_of_other_roles('2000-01-01', '2100-01-01')"
+_ACTIVE_USERS = "SELECT analytics.active_users('2000-01-01', '2100-01-01')"
 
 
 @pytest.mark.parametrize("pii", [False, True])
@@ -101,10 +102,12 @@ async def test_an_analyst_may_call_the_functions_of_the_schema(
     [found] = await conn.fetch(_QUANTILES)
     none = await conn.fetch(_QUANTILES.replace("turns", "legs"))
     others = await conn.fetch(_OTHER_ROLES)
+    users = await conn.fetchval(_ACTIVE_USERS)
     await conn.close()
 
     assert (found["sessions"], found["average"], found["p99"]) == (1, 1, 1)
     assert none == others == []
+    assert users == 1
 
 
 @pytest.mark.usefixtures("roles")
@@ -118,6 +121,7 @@ async def test_an_analyst_from_before_a_function_may_call_it(servers: Servers) -
         conn = await connected(url, analyst)
 
         assert await conn.fetch(_OTHER_ROLES) == []
+        assert await conn.fetchval(_ACTIVE_USERS) == 0
         await conn.close()
 
 
@@ -128,6 +132,7 @@ async def test_nobody_else_may_call_the_functions_of_the_schema(roles: Database,
 
     assert await refused(conn, _QUANTILES)
     assert await refused(conn, _OTHER_ROLES)
+    assert await refused(conn, _ACTIVE_USERS)
     await conn.close()
 
 

@@ -297,7 +297,7 @@ async def described(url: str) -> list[tuple[Any, ...]]:
         await conn.close()
 
 
-@pytest.mark.parametrize("revision", ["0002", "0003", "0004", "0006", "0007", "0008"])
+@pytest.mark.parametrize("revision", ["0002", "0003", "0004", "0006", "0007", "0008", "0009"])
 async def test_a_downgrade_leaves_views_and_triggers_as_they_were(empty_url: str, revision: str) -> None:
     await migrate(empty_url, revision)
     before = await described(empty_url)
