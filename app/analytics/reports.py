@@ -416,7 +416,7 @@ def _refuse_wrong_range(query: Query, since: datetime, until: datetime) -> None:
     if since >= until:
         raise RangeRefused(
             f"the range ends at {format_time(until)}, which is not after its begin at {format_time(since)}",
-            hint="since must be earlier than until",
+            hint="from must be earlier than to",
         )
     if until - since > timedelta(days=RANGE_DAYS_MAX):
         raise RangeRefused(

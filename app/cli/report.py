@@ -29,6 +29,7 @@ def report(
     since: Annotated[
         datetime | None,
         typer.Option(
+            "--from",
             parser=day_or_moment,
             metavar="TIME",
             help="from this moment on: 2026-01-31, a day of the time zone, or 2026-01-31T09:30+07:00, UTC unless it says "
@@ -38,7 +39,10 @@ def report(
     until: Annotated[
         datetime | None,
         typer.Option(
-            parser=day_or_moment, metavar="TIME", help=r"before this moment \[default: the end of today]"
+            "--to",
+            parser=day_or_moment,
+            metavar="TIME",
+            help=r"before this moment \[default: the end of today]",
         ),
     ] = None,
     granularity: Annotated[
@@ -90,8 +94,8 @@ def report(
         print_json(
             {
                 "report": name,
-                "since": format_time(found.since),
-                "until": format_time(found.until),
+                "from": format_time(found.since),
+                "to": format_time(found.until),
                 "timezone": found.timezone,
                 "granularity": found.granularity,
                 "complete": found.complete,

@@ -32,6 +32,7 @@ def search(
     since: Annotated[
         datetime | None,
         typer.Option(
+            "--from",
             parser=moment,
             metavar="TIME",
             help="from this moment on: 2026-01-31, or 2026-01-31T09:30+07:00; UTC unless it says otherwise "
@@ -40,7 +41,7 @@ def search(
     ] = None,
     until: Annotated[
         datetime | None,
-        typer.Option(parser=moment, metavar="TIME", help=r"before this moment \[default: now]"),
+        typer.Option("--to", parser=moment, metavar="TIME", help=r"before this moment \[default: now]"),
     ] = None,
     user: Annotated[
         str | None, typer.Option(parser=text, metavar="USER_ID", help="only this user's sessions")
@@ -63,8 +64,8 @@ def search(
     if json:
         print_json(
             {
-                "since": format_time(since),
-                "until": format_time(until),
+                "from": format_time(since),
+                "to": format_time(until),
                 "hits": [hit.to_json() for hit in found.hits],
                 "more": more,
             }

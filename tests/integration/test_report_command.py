@@ -21,7 +21,7 @@ from tests.factories import new_message
 
 pytestmark = pytest.mark.anyio
 
-MARCH = ("--since", "2026-03-10", "--until", "2026-03-12")
+MARCH = ("--from", "2026-03-10", "--to", "2026-03-12")
 PROJECT = Path(__file__).parents[2]
 CLOSED_PORT = "postgresql://chat:secret@127.0.0.1:1/chat"
 
@@ -93,8 +93,8 @@ async def test_json_has_the_numbers_whole_and_the_range(call, recorded, database
     ]
     assert found == {
         "report": "response_time",
-        "since": "2026-03-10T00:00:00.000Z",
-        "until": "2026-03-12T00:00:00.000Z",
+        "from": "2026-03-10T00:00:00.000Z",
+        "to": "2026-03-12T00:00:00.000Z",
         "timezone": "UTC",
         "granularity": None,
         "complete": True,
@@ -112,7 +112,7 @@ async def test_days_are_dates_in_json(call, recorded, database_url):
 
 
 async def test_a_time_with_an_offset_is_that_instant(call, recorded, database_url):
-    since = ("--since", "2026-03-12T06:30+07:00", "--until", "2026-03-12T06:30:00.001+07:00")
+    since = ("--from", "2026-03-12T06:30+07:00", "--to", "2026-03-12T06:30:00.001+07:00")
 
     done = await call("messages_by_role", *since, database_url=database_url)
 
@@ -124,14 +124,14 @@ async def test_without_a_range_the_last_30_days_are_reported(call, recorded, dat
 
     found = json.loads(done.stdout)
     assert len(found["rows"]) == 30
-    assert found["since"].endswith("T00:00:00.000Z")
+    assert found["from"].endswith("T00:00:00.000Z")
     assert [row["sessions"] for row in found["rows"]].count(1) == 1
-    assert datetime.fromisoformat(found["until"]) > datetime.now(UTC)
-    assert found["rows"][-1]["day"] < found["until"][:10]
+    assert datetime.fromisoformat(found["to"]) > datetime.now(UTC)
+    assert found["rows"][-1]["day"] < found["to"][:10]
 
 
 async def test_an_end_alone_is_the_end_of_30_days(call, recorded, database_url):
-    done = await call("sessions_per_day", "--until", "2026-03-31", "--json", database_url=database_url)
+    done = await call("sessions_per_day", "--to", "2026-03-31", "--json", database_url=database_url)
 
     assert [json.loads(done.stdout)["rows"][index]["day"] for index in (0, -1)] == [
         "2026-03-01",
@@ -183,7 +183,7 @@ async def test_days_are_those_of_the_time_zone(call, recorded, database_url):
     zone = ("--timezone", "Asia/Ho_Chi_Minh", "--granularity", "day")
 
     done = await call(
-        "traffic", "--since", "2026-03-12", "--until", "2026-03-13", *zone, database_url=database_url
+        "traffic", "--from", "2026-03-12", "--to", "2026-03-13", *zone, database_url=database_url
     )
 
     assert done.stdout.splitlines()[1:] == ["2026-03-12\t0\t1\t1\t0"]
@@ -260,22 +260,22 @@ async def test_an_unknown_name_gets_the_names_and_status_2(call):
     "wrong", ["yesterday", "2026-02-30", "", "1969-12-31", "9999-01-01", "0001-01-01T00:00+14:00"]
 )
 async def test_what_is_no_time_is_refused_with_an_example(call, wrong):
-    done = await call("response_time", "--since", wrong)
+    done = await call("response_time", "--from", wrong)
 
     assert (done.exit_code, done.stdout) == (2, "")
-    assert "--since" in done.stderr
+    assert "--from" in done.stderr
     assert "Traceback" not in done.stderr
 
 
 async def test_a_range_the_wrong_way_round_is_one_line(call, database_url, database):
-    backwards = ("--since", "2026-03-12", "--until", "2026-03-10")
+    backwards = ("--from", "2026-03-12", "--to", "2026-03-10")
 
     done = await call("response_time", *backwards, database_url=database_url)
 
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr == (
         "error: the range ends at 2026-03-10T00:00:00.000Z, which is not after its begin at "
-        "2026-03-12T00:00:00.000Z (since must be earlier than until)\n"
+        "2026-03-12T00:00:00.000Z (from must be earlier than to)\n"
     )
 
 

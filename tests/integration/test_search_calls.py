@@ -170,10 +170,10 @@ async def test_the_command_prints_json(call, session):
     [
         (["%%"], "error: what is searched for holds no letter or digit (search for a substring instead)"),
         (["a"], "error: what is searched for has 1 characters"),
-        (["ab", "--since", "2026-03-02", "--until", "2026-03-01"], "not after its begin"),
-        (["ab", "--since", "2025-03-01", "--until", "2026-03-01"], "at most 92"),
+        (["ab", "--from", "2026-03-02", "--to", "2026-03-01"], "not after its begin"),
+        (["ab", "--from", "2025-03-01", "--to", "2026-03-01"], "at most 92"),
         (["ab", "--role", "bot"], "bot"),
-        (["ab", "--since", "soon"], "soon"),
+        (["ab", "--from", "soon"], "soon"),
     ],
 )
 async def test_the_command_says_what_it_can_t_do(call, arguments, said):
