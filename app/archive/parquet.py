@@ -1,8 +1,10 @@
 """Parquet with zstd. Needs the extra `export`: nothing is imported before it is asked for."""
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from app.archive.manifest import Table
@@ -22,7 +24,8 @@ def _pyarrow() -> Any:
     except ImportError as exc:
         raise ArchiveRefused(
             "Parquet needs pyarrow, which is not installed",
-            hint="`pip install 'chat-sessions[export]'`, or `--format jsonl`, which needs nothing",
+            # This interpreter's: the pip of the path may be another's, and an index another package of the name.
+            hint=f"`{quote(sys.executable)} -m pip install 'chat-sessions[export]'`, or `--format jsonl`, which needs nothing",
         ) from exc
     return pa
 

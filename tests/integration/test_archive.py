@@ -6,6 +6,7 @@ import json
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, replace
@@ -701,7 +702,7 @@ async def test_parquet_without_its_extra_says_what_to_install(database_url, tmp_
         text=True,
         check=False,
     )
-    assert "pip install 'chat-sessions[export]'" in one_line(done)
+    assert f"{sys.executable} -m pip install 'chat-sessions[export]'" in one_line(done)
 
 
 async def test_the_documented_queries_of_duckdb_answer(runtime, database, tmp_path, monkeypatch):
