@@ -14,13 +14,15 @@ from app.analytics import search as searching
 from app.api import strict_json
 from app.api.moments import MOMENT
 from app.api.problems import RequestRefused, refused_field
-from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, readable_query
+from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, known_query, readable_query
 from app.api.schemas import FoundOut, Problem
 from app.chat import Role, format_time, utc_now
 from app.errors import Overloaded, QueryRefused, RangeRefused
 from app.wiring import Runtime
 
-router = APIRouter(prefix="/api/analytics", tags=["analytics"], dependencies=[Depends(readable_query)])
+router = APIRouter(
+    prefix="/api/analytics", tags=["analytics"], dependencies=[Depends(readable_query), Depends(known_query)]
+)
 
 #: Of one process: they take long, and share its connections with the chats.
 SEARCHES_AT_ONCE = 2

@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse
 from app.analytics import reports
 from app.api.moments import DAY_OR_MOMENT
 from app.api.problems import RequestRefused, refused_field
-from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, readable_query
+from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, known_query, readable_query
 from app.api.schemas import Problem, ReportListOut, ReportOut
 from app.chat import format_time
 from app.errors import (
@@ -29,7 +29,9 @@ from app.errors import (
     UserRefused,
 )
 
-router = APIRouter(prefix="/api/analytics", tags=["analytics"], dependencies=[Depends(readable_query)])
+router = APIRouter(
+    prefix="/api/analytics", tags=["analytics"], dependencies=[Depends(readable_query), Depends(known_query)]
+)
 
 #: Of one process: they share its connections with the chats.
 REPORTS_AT_ONCE = 2

@@ -12,6 +12,7 @@ from urllib.parse import unquote_to_bytes
 from uuid import UUID
 
 from fastapi import Depends, Header, Query, Request
+from fastapi.dependencies.models import Dependant
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from starlette.requests import ClientDisconnect
 
@@ -54,6 +55,21 @@ async def readable_query(request: Request) -> None:
         if pair and name in names:
             raise refused_field("duplicate_parameter", f"query.{name}", "is given twice")
         names.add(name)
+
+
+async def known_query(request: Request) -> None:
+    """Refuses a parameter that the call does not have. One that is misspelt would ask for other numbers in silence."""
+    known = _query_names(request.scope["route"].dependant)
+    for name in request.query_params:
+        if name not in known:
+            there_are = ", ".join(sorted(known)) or "none"
+            raise refused_field(
+                "unknown_parameter", f"query.{name}", f"is no parameter of this call (there are: {there_are})"
+            )
+
+
+def _query_names(dependant: Dependant) -> set[str]:
+    return {field.alias for field in dependant.query_params}.union(*map(_query_names, dependant.dependencies))
 
 
 def _storable_user(user_id: str | None, runtime: Runtime) -> str | None:

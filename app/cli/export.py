@@ -41,7 +41,9 @@ def export(
     ] = Path("chat-export"),
     kind: Annotated[
         Format,
-        typer.Option("--format", help=r"`parquet` needs the extra: python -m pip install 'chat-sessions\[export]'"),
+        typer.Option(
+            "--format", help=r"`parquet` needs the extra: python -m pip install 'chat-sessions\[export]'"
+        ),
     ] = "jsonl",
     months: Annotated[
         list[date] | None,

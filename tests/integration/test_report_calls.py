@@ -105,6 +105,7 @@ async def test_one_user_is_read_from_the_messages(api, session):
         ("traffic", {"to": "2025-02-30"}, "validation_failed", "query.to"),
         ("traffic", {"from": "0001-01-01T00:00:00+07:00"}, "validation_failed", "query.from"),
         ("traffic", {"to": "9999-12-31T23:59:59-23:59"}, "validation_failed", "query.to"),
+        ("traffic", {"user": "hà"}, "unknown_parameter", "query.user"),
         ("traffic", {"timezone": "Mars/Olympus"}, "unknown_timezone", "query.timezone"),
         ("traffic", {"granularity": "minute"}, "validation_failed", "query.granularity"),
         ("retention", {"timezone": "Asia/Tokyo"}, "timezone_refused", "query.timezone"),

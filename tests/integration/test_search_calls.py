@@ -110,6 +110,7 @@ async def test_a_deleted_session_is_gone(api):
         ({"q": "ab", "match": "regex"}, "validation_failed", "query.match"),
         ({"q": "ab", "role": "bot"}, "validation_failed", "query.role"),
         ({"q": "ab", "limit": "0"}, "validation_failed", "query.limit"),
+        ({"q": "ab", "since": "2026-03-01"}, "unknown_parameter", "query.since"),
         ({"q": "ab", "limit": "101"}, "validation_failed", "query.limit"),
         ({"q": "ab", "user_id": ""}, "validation_failed", "query.user_id"),
         ({"q": "ab", "from": "yesterday"}, "validation_failed", "query.from"),
