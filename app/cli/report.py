@@ -8,6 +8,7 @@ from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
@@ -21,6 +22,9 @@ from app.wiring import open_database
 
 _DAYS = 30
 _BAR_CELLS = 40
+_BAR_CELLS_MIN = 5
+# Of a column: a line, and a blank on each side.
+_FRAME_CELLS = 3
 _LAG_TOLD_SECONDS = 10
 
 
@@ -139,22 +143,29 @@ def _print(found: Report) -> None:
     zoned = f"{found.since:%Y-%m-%d %H:%M} to {found.until:%Y-%m-%d %H:%M} UTC, days of {found.timezone}"
     rows = [[_shown(value) for value in row] for row in found.rows]
     if sys.stdout.isatty() and found.columns[0] in {"day", "period"} and rows:
-        _print_plot(found, rows, zoned)
-    else:
-        print_table(found.columns, rows, title=zoned)
+        console = Console(highlight=False, markup=False)
+        cells = [["" if value is None else str(value) for value in row] for row in rows]
+        lengths = [max(map(len, column)) for column in zip(found.columns, *cells, strict=True)]
+        # Bars have the room that numbers leave: cut to it they would all look alike.
+        room = console.width - sum(length + _FRAME_CELLS for length in (*lengths, 0)) - 1
+        if room >= _BAR_CELLS_MIN:
+            console.print(_plot(found, cells, min(room, _BAR_CELLS), zoned))
+            return
+    print_table(found.columns, rows, title=zoned)
 
 
-def _print_plot(found: Report, rows: Sequence[Sequence[object]], title: str) -> None:
+def _plot(found: Report, cells: Sequence[Sequence[str]], bar_cells: int, title: str) -> Table:
     """A series as a table whose first number is a bar, too."""
     heights = [float(row[1] or 0) for row in found.rows]
     top = max(heights) or 1
+    # An eighth of a cell is the least that shows.
+    least = top / bar_cells / 8
     table = Table(title=title, title_justify="left", header_style="bold")
     for column in (*found.columns[:2], "", *found.columns[2:]):
-        table.add_column(column)
-    for row, height in zip(rows, heights, strict=True):
-        bar = "█" * round(_BAR_CELLS * height / top) or ("▏" if height else "")
-        table.add_row(*("" if cell is None else str(cell) for cell in (*row[:2], bar, *row[2:])))
-    Console(highlight=False, markup=False).print(table)
+        table.add_column(column, no_wrap=True)
+    for row, height in zip(cells, heights, strict=True):
+        table.add_row(*row[:2], Bar(top, 0, max(height, least) if height else 0, width=bar_cells), *row[2:])
+    return table
 
 
 def _shown(value: object) -> object:

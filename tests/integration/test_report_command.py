@@ -26,6 +26,12 @@ PROJECT = Path(__file__).parents[2]
 CLOSED_PORT = "postgresql://chat:secret@127.0.0.1:1/chat"
 
 
+async def count_all(database):
+    counting = Rollups(database, timezone="UTC")
+    while (now := await counting.pending()).marks or now.backfills:
+        await counting.round()
+
+
 @pytest.fixture
 async def recorded(database):
     """A question and three answers at noon of 2026-03-10, and a question late on the 11th."""
@@ -42,9 +48,7 @@ async def recorded(database):
     ]
     questions = [new_message("Có không?", created_at=moment) for moment in (first, second)]
     await store.append(Append(session_id=session.session_id, messages=(*questions, *answers)))
-    counting = Rollups(database, timezone="UTC")
-    while (now := await counting.pending()).marks or now.backfills:
-        await counting.round()
+    await count_all(database)
 
 
 @pytest.fixture
@@ -139,7 +143,7 @@ async def test_an_end_alone_is_the_end_of_30_days(call, recorded, database_url):
     ]
 
 
-async def on_a_terminal(folder: Path, database_url: str, *arguments: str) -> str:
+async def on_a_terminal(folder: Path, database_url: str, *arguments: str, cells: int = 160) -> str:
     ours, theirs = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "app", "report", *arguments),
@@ -149,7 +153,7 @@ async def on_a_terminal(folder: Path, database_url: str, *arguments: str) -> str
             "PYTHONPATH": str(PROJECT),
             "DATABASE_URL": database_url,
             "TERM": "xterm",
-            "COLUMNS": "160",
+            "COLUMNS": str(cells),
         },
         stdout=theirs,
         stderr=theirs,
@@ -177,6 +181,30 @@ async def test_a_series_is_a_plot_in_a_terminal(tmp_path, recorded, database_url
     assert bars == [0, 0]
     shown = await on_a_terminal(tmp_path, database_url, "response_time_percentiles", *MARCH)
     assert "█" * 40 in shown
+
+
+async def test_bars_have_the_room_that_the_numbers_leave(tmp_path, recorded, database, database_url):
+    store = PostgresChatSessionStore(database, ttl_seconds=3600)
+    session = (await store.create_session("an")).session
+    noon = datetime(2026, 3, 11, 12, tzinfo=UTC)
+    answers = [
+        new_message(role="assistant", created_at=noon, metadata={"processing_time_ms": 1235})
+        for _ in range(6)
+    ]
+    await store.append(Append(session_id=session.session_id, messages=tuple(answers)))
+    await count_all(database)
+
+    shown = {
+        cells: await on_a_terminal(
+            tmp_path, database_url, "response_time_percentiles", *MARCH, "--granularity", "day", cells=cells
+        )
+        for cells in (88, 82)
+    }
+
+    # 3 answers, and 6.
+    assert [shown[88].count(bar) for bar in ("█" * 5 + " " * 5, "█" * 10)] == [1, 1]
+    assert "█" not in shown[82]
+    assert "│ 2026-03-11 │ 6             │" in shown[82]
 
 
 async def test_days_are_those_of_the_time_zone(call, recorded, database_url):
