@@ -309,6 +309,25 @@ async def test_repair_mends_what_is_wrong_and_nothing_else(hand, auditor, redis,
         assert 0 < await redis.ttl(planted.key) <= TTL
 
 
+async def forget(hand, auditor):
+    await hand.deleted()
+
+
+async def repair(hand, auditor):
+    await auditor.repair(hand.session_id)
+
+
+@pytest.mark.parametrize("mend", [forget, repair])
+async def test_after_an_edit_by_sql_either_way_of_the_documentation_serves_it(hand, auditor, hybrid, mend):
+    planted = await hand("nothing")
+    await planted.row(
+        "UPDATE chat.chat_messages SET content = 'ZWEI' WHERE session_id = $1 AND seq = 2", planted.session_id
+    )
+    await mend(planted, auditor)
+    history = await hybrid.store.read_history(planted.session_id, max_messages=9)
+    assert [message.content for message in history.messages] == ["Xin chào", "ZWEI", "drei"]
+
+
 @pytest.mark.parametrize(
     "name",
     ["owned_by_redis_without_row", "guide", "owned_by_redis_for_ever", "guide_for_ever", "owned_by_redis"],
