@@ -56,9 +56,6 @@ async def run_with_engine() -> None:
 
 if context.is_offline_mode():
     raise SystemExit("migrations need a database: set DATABASE_URL and leave out --sql")
-if connection := config.attributes.get("connection"):
-    run(connection)
-else:
-    if config.config_file_name is not None:
-        fileConfig(config.config_file_name, disable_existing_loggers=False)
-    asyncio.run(run_with_engine())
+if config.config_file_name is not None:
+    fileConfig(config.config_file_name, disable_existing_loggers=False)
+asyncio.run(run_with_engine())

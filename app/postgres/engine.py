@@ -20,7 +20,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from app.coherence.ports import Interrupted
-from app.errors import ChatError, CommitUnknown, DurableStoreUnavailable, StartRefused
+from app.errors import ChatError, CommitUnknown, DurableStoreUnavailable
 
 log = logging.getLogger("chat_sessions.postgres")
 
@@ -306,12 +306,3 @@ async def _rolled_back(driver: asyncpg.Connection, exc: BaseException) -> bool:
     ):
         return False
     return not driver.is_closed()
-
-
-def check_url(url: str) -> None:
-    """Raises `StartRefused` for a URL that is not one of PostgreSQL's."""
-    scheme = url.partition("://")[0]
-    if scheme not in {"postgresql", "postgresql+asyncpg"}:
-        raise StartRefused(
-            f"DATABASE_URL begins with {scheme!r}", hint="postgresql://user:password@host:5432/database"
-        )
