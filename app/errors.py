@@ -1,6 +1,6 @@
 """One class a condition that a caller can act on. No HTTP and no drivers in here.
 
-Stores raise these, always `from` the driver's own error; `app/api/errors.py` gives each its status.
+Stores raise these, always `from` the driver's own error; `app/api/problems.py` gives each its status.
 A text says what happened, then the detail, then the hint; `code` is stable, the text is not.
 """
 

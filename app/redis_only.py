@@ -170,7 +170,7 @@ class RedisOnlyChatSessionStore:
                     raise SessionNotFound from exc
         raise RedisUnavailable("the session changes hands again and again", hint="try again")
 
-    async def _hand_over(self, session_id: UUID) -> "_HandOver":
+    async def _hand_over(self, session_id: UUID) -> _HandOver:
         while True:
             try:
                 return await self._hand_over_once(session_id)
@@ -179,7 +179,7 @@ class RedisOnlyChatSessionStore:
             except RowBusy as busy:
                 raise DurableStoreUnavailable("the session's row is locked by something that hangs") from busy
 
-    async def _hand_over_once(self, session_id: UUID) -> "_HandOver":
+    async def _hand_over_once(self, session_id: UUID) -> _HandOver:
         token: str | None = token_hex(8)
         async with self._durable.locked(session_id) as locked:
             self._refuse_other_modes(locked.state)

@@ -2,7 +2,9 @@
 
 Three stores keep it: `HybridChatSessionStore` (Redis in front of PostgreSQL), `RedisChatSessionStore`
 (Redis is the source of truth), `PostgresChatSessionStore` (no Redis at all). One suite of tests runs
-against all three on real servers, so a caller never needs to know which one it holds.
+against all three on real servers, so a caller never needs to know which one it holds. Two more are made of
+them: `RedisOnlyChatSessionStore` (Redis is the source of truth, rows in PostgreSQL beside it), and
+`LiveChatSessionStore`, which is the one that the mode of the moment asks for.
 
 Guarantees that hold for each method:
 

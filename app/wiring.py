@@ -15,7 +15,7 @@ from app.chat import new_uuid, utc_now
 from app.coherence.counts import Counts
 from app.coherence.heartbeat import BEATS_PER_LEASE, Heartbeat, next_state
 from app.coherence.lease import Lease
-from app.coherence.ports import CacheOutage
+from app.coherence.ports import CacheOutage, Mode
 from app.errors import ChatError, DurableStoreUnavailable, StartRefused
 from app.hybrid import HybridChatSessionStore
 from app.live import LiveChatSessionStore
@@ -84,9 +84,9 @@ class Runtime:
     @property
     def mode(self) -> ServedMode:
         """The mode of this moment: it may change while requests are served."""
-        if self.stores is None or self.stores.lease.state is None:
-            return "redis-only" if self.stores is None else "hybrid"
-        mode = self.stores.lease.state.mode
+        if self.stores is None:
+            return "redis-only"
+        mode: Mode = self.stores.lease.state.mode if self.stores.lease.state is not None else "hybrid"
         return "postgres" if self.stores.cache is None and mode != "redis-only" else mode
 
     async def health(self) -> tuple[StoreHealth, ...]:
@@ -109,7 +109,10 @@ class Runtime:
 
 @asynccontextmanager
 async def open_database(settings: Settings, *, remembers_outages: bool = False) -> AsyncIterator[Database]:
-    """The database alone, for commands. Raises `StartRefused` without DATABASE_URL."""
+    """The database alone, closed at the end. Raises `StartRefused` without DATABASE_URL.
+
+    With `remembers_outages` one that hangs is not waited for by everybody (`Database`).
+    """
     if settings.database_url is None:
         raise StartRefused(
             "DATABASE_URL is not set", hint="export DATABASE_URL=postgresql://user:password@host/db"

@@ -47,7 +47,6 @@ PERIODS_MAX = 10_000
 # Of 200 characters each, that are added up in memory.
 _SPELLINGS_MAX = 100_000
 
-
 _AUTO_PERIODS = 62
 _PERIOD: Mapping[Granularity, timedelta] = {
     "hour": timedelta(hours=1),
@@ -432,7 +431,7 @@ def _refuse_wrong_range(query: Query, since: datetime, until: datetime) -> None:
 
 
 def _granularity(query: Query, asked: Granularity | Literal["auto"], width: timedelta) -> Granularity:
-    """The one asked for; `auto`: the finest with about 50 periods that the report has."""
+    """The one asked for; `auto`: the finest that the report has, with `_AUTO_PERIODS` at most."""
     if not query.by_period:
         return "day"
     of_days = "hours" not in query.variants and query.plain is None

@@ -22,7 +22,6 @@ _TURN_SECONDS = 0.05
 #: An outage is waited out for so many attempts; losing a turn to the service looks like one.
 _ATTEMPTS = 20
 
-
 #: Of the sessions that are set aside.
 _SHOWN = 100
 

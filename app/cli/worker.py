@@ -90,8 +90,8 @@ async def serve_here(
     parent: "Parent | None" = None,
 ) -> None:
     """Serves until a SIGTERM or SIGINT. Raises `StartRefused` before it accepts anything."""
-    from app.api.metrics import own_metrics, share_metrics  # noqa: PLC0415 - see above
-    from app.application import create_app  # noqa: PLC0415 - 0.4 s that only this command should pay
+    from app.api.metrics import own_metrics, share_metrics  # noqa: PLC0415 - 0.4 s that a parent of workers need not pay
+    from app.application import create_app  # noqa: PLC0415 - see above
 
     app = create_app(settings, embedded=embedded)
     config = uvicorn.Config(
@@ -193,7 +193,7 @@ def work(number: int, listener_fd: int, channel_fd: int) -> None:
     """A worker's process, from its first line to its last."""
     signal.signal(signal.SIGTERM, lambda _signal, _frame: sys.exit(0))
     # While the first one settles the mode, the others get ready.
-    import app.application  # noqa: F401, PLC0415 - see above
+    import app.application  # noqa: F401, PLC0415 - as in `serve_here`
 
     for fd in (listener_fd, channel_fd):
         # Else a process that an assistant starts would hold the port.

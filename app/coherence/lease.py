@@ -21,7 +21,6 @@ LEASE_SECONDS = 1.0
 #: How many epochs' first sights are remembered: an answer that was overtaken must not start a wait anew.
 _EPOCHS_REMEMBERED = 8
 
-
 _BOOT_CLOCK: int | None = getattr(time, "CLOCK_BOOTTIME", None)
 
 

@@ -1,8 +1,9 @@
 """The guide's system: Redis is the source of truth, sessions expire.
 
 It needs no PostgreSQL. Over a database `app/redis_only.py` wraps it: then it serves only what it was handed
-over; without one it takes over what the guide's own program wrote, in place, where it meets it. It is as durable as Redis's own settings and no more. Each write is one script (`lua/`). The session's key
-lives in the sessions' database; the per-user index and the leases of turns live in the auxiliary one.
+over; without one it takes over what the guide's own program wrote, in place, where it meets it. It is as durable
+as Redis's own settings and no more. Each write is one script (`lua/`). The session's key lives in the sessions'
+database; the per-user index and the leases of turns live in the auxiliary one.
 """
 
 import asyncio
