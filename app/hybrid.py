@@ -61,6 +61,7 @@ from app.coherence.ports import (
     DurableStore,
     Entry,
     GuideEntry,
+    Hold,
     Interrupted,
     LockedSession,
     MarkOutcome,
@@ -75,13 +76,13 @@ from app.coherence.ports import (
     Watch,
     refuse_other_protocols,
     turn_of,
+    visible,
 )
 from app.errors import (
     AdoptionPending,
     ChatError,
     DurableStoreUnavailable,
     FreshnessUnknown,
-    NotYetVisible,
     SessionNotFound,
     Unadoptable,
 )
@@ -166,14 +167,7 @@ class HybridChatSessionStore:
         return SessionRead(session=row.session, source="postgres")
 
     async def append(self, append: Append) -> Appended:
-        committed = (await self._write(_Write(append))).committed
-        return Appended(
-            session=committed.after.session,
-            first_seq=committed.first_seq,
-            last_seq=committed.last_seq,
-            source="postgres",
-            replayed=committed.replayed,
-        )
+        return (await self._write(_Write(append))).committed.appended
 
     async def begin_turn(self, append: Append, *, window: int) -> Turn:
         written = await self._write(_Write(append, want_entry=True))
@@ -265,7 +259,7 @@ class HybridChatSessionStore:
         while True:
             try:
                 return await attempt()
-            except _Hold as hold:
+            except Hold as hold:
                 self._counts.writes_held += 1
                 self._counts.hold_seconds += hold.seconds
                 interruption: Interrupted = hold
@@ -433,7 +427,7 @@ class HybridChatSessionStore:
             return await self._without_row(session_id, cached, state)
         if _adoptable(cached):
             raise AdoptionPending
-        _check_visible(row, user_id, min_seq)
+        visible(row, user_id, min_seq)
         if cached == _OUT:
             return _View(session=row.session)
         if isinstance(cached, Entry) and cached.equals(row):
@@ -554,14 +548,12 @@ class HybridChatSessionStore:
 
     async def _into(
         self, watch: Watch, locked: LockedSession, write: Callable[[str], Awaitable[bool]]
-    ) -> bool:
+    ) -> None:
         """Writes to Redis under the row lock, if this is the Redis of the epoch as it is under the lock."""
         state = locked.state
-        if not state.trusting or watch.identity != state.redis_identity:
-            return False
-        with suppress(CacheOutage):
-            return await write(state.epoch)
-        return False
+        if state.trusting and watch.identity == state.redis_identity:
+            with suppress(CacheOutage):
+                await write(state.epoch)
 
     # Adoption
 
@@ -719,7 +711,7 @@ class _Fence:
         self.refuse_other_modes(state)
         self._lease.learn(state)
         if (left := self._lease.hold_seconds(state)) > 0:
-            raise _Hold(left)
+            raise Hold(left)
 
     async def mark(self, writes: Sequence[tuple[Row, Row]], state: CacheState) -> Sequence[ChatError | None]:
         """Rule 1."""
@@ -750,14 +742,6 @@ class _Fence:
 
 #: A mark that fails sooner than this did not run into its time-out.
 _SOON_SECONDS = 0.05
-
-
-class _Hold(Interrupted):
-    """The epoch is new to this process: leases on older ones may last for `seconds` more."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        super().__init__(f"the epoch changed, {seconds:.3f} s are left to wait")
 
 
 class _NotMarked(Interrupted):
@@ -844,15 +828,6 @@ async def _take_over(value: CachedValue, locked: LockedSession) -> Adopted | Non
 def _is_left_over(value: CachedValue) -> bool:
     """An entry that was to be Redis's when its row was committed. Without a row it never was, or it was deleted."""
     return isinstance(value, Entry) and value.owner == "redis" and value.dirty
-
-
-def _check_visible(row: Row, user_id: str | None, min_seq: int | None) -> None:
-    if user_id not in {None, row.session.user_id}:
-        raise SessionNotFound
-    if row.owner == "redis":
-        raise AdoptionPending
-    if min_seq is not None and min_seq > row.session.message_count:
-        raise NotYetVisible
 
 
 def _trustworthy(entry: Entry, state: CacheState) -> bool:

@@ -25,7 +25,7 @@ from app.coherence.lease import Lease
 from app.coherence.ports import (
     CacheState,
     DurableStore,
-    Interrupted,
+    Hold,
     ModeChanged,
     NotHandedOver,
     Row,
@@ -174,7 +174,7 @@ class RedisOnlyChatSessionStore:
         while True:
             try:
                 return await self._hand_over_once(session_id)
-            except _Hold as hold:
+            except Hold as hold:
                 await asyncio.sleep(hold.seconds)
             except RowBusy as busy:
                 raise DurableStoreUnavailable("the session's row is locked by something that hangs") from busy
@@ -186,7 +186,7 @@ class RedisOnlyChatSessionStore:
             self._lease.learn(locked.state)
             if (left := self._lease.hold_seconds(locked.state)) > 0:
                 # A reader in hybrid mode may believe the old entry until its lease has ended.
-                raise _Hold(left)
+                raise Hold(left)
             row = locked.row
             if row is None:
                 return "nothing"
@@ -213,11 +213,3 @@ class RedisOnlyChatSessionStore:
         refuse_other_protocols(state)
         if state.mode != "redis-only":
             raise ModeChanged(state)
-
-
-class _Hold(Interrupted):
-    """As in hybrid mode: leases on an older epoch may last for `seconds` more."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        super().__init__(f"the epoch changed, {seconds:.3f} s are left to wait")

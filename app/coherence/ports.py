@@ -10,8 +10,8 @@ from typing import Literal, Protocol
 from uuid import UUID
 
 from app.chat import ChatSession, Message, NewMessage, SessionStatus, body_of, is_line, messages_of
-from app.errors import ChatError, DurableStoreUnavailable
-from app.store import Append, BeginTurn, Cursor, FinishTurn, History, SessionPage, StoreHealth, Turn
+from app.errors import AdoptionPending, ChatError, DurableStoreUnavailable, NotYetVisible, SessionNotFound
+from app.store import Append, Appended, BeginTurn, Cursor, FinishTurn, History, SessionPage, StoreHealth, Turn
 
 Owner = Literal["postgres", "redis"]
 Mode = Literal["hybrid", "draining", "redis-only"]
@@ -104,6 +104,14 @@ class CacheTrusted(Interrupted):
         super().__init__(f"epoch {state.epoch} lets readers believe Redis")
 
 
+class Hold(Interrupted):
+    """The epoch is new to this process: leases on older ones may last for `seconds` more."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        super().__init__(f"the epoch changed, {seconds:.3f} s are left to wait")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """A session's row: the truth that a cached entry is compared with."""
@@ -111,6 +119,23 @@ class Row:
     session: ChatSession
     chain: bytes
     owner: Owner = "postgres"
+
+
+def owned(row: Row | None, user_id: str | None) -> Row:
+    """The row, if it is this caller's."""
+    if row is None or user_id not in {None, row.session.user_id}:
+        raise SessionNotFound
+    return row
+
+
+def visible(row: Row | None, user_id: str | None, min_seq: int | None) -> Row:
+    """The row as this caller may see it: the contract's first checks, in their order."""
+    row = owned(row, user_id)
+    if row.owner == "redis":
+        raise AdoptionPending
+    if min_seq is not None and min_seq > row.session.message_count:
+        raise NotYetVisible
+    return row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,6 +269,17 @@ class Committed:
     replayed: bool = False
     question: Message | None = None
     answer: Message | None = None
+
+    @property
+    def appended(self) -> Appended:
+        """The same as its caller is told of it."""
+        return Appended(
+            session=self.after.session,
+            first_seq=self.first_seq,
+            last_seq=self.last_seq,
+            source="postgres",
+            replayed=self.replayed,
+        )
 
 
 def turn_of(append: Append, committed: Committed) -> Turn:

@@ -42,8 +42,10 @@ from app.coherence.ports import (
     Restored,
     Row,
     RowBusy,
+    owned,
     refuse_other_protocols,
     turn_of,
+    visible,
 )
 from app.errors import (
     AdoptionPending,
@@ -52,9 +54,7 @@ from app.errors import (
     HistoryDiffers,
     IdempotencyKeyReused,
     ModeRefused,
-    NotYetVisible,
     SeqMismatch,
-    SessionNotFound,
     TurnInProgress,
     TurnTakenOver,
     Unadoptable,
@@ -130,7 +130,6 @@ class _Locked:
         row = self.row
         session_id = session.session_id
         if row is None:
-            created = replace(session, message_count=0, first_available_seq=1)
             done = await self._conn.execute(
                 statements.INSERT_UNLESS_THERE,
                 *(session_id, session.user_id, session.created_at, session.last_activity),
@@ -138,7 +137,7 @@ class _Locked:
             if not done.endswith(" 1"):
                 # Made since we looked for its lock: the next attempt finds it.
                 raise RowBusy
-            row = Row(session=created, chain=CHAIN_START, owner="redis")
+            row = replace(_empty(session), owner="redis")
         known = {
             record["message_id"]
             for record in await self._conn.fetch(
@@ -215,14 +214,7 @@ class PostgresChatSessionStore:
         )
 
     async def append(self, append: Append) -> Appended:
-        committed = await self._writes.submit(append)
-        return Appended(
-            session=committed.after.session,
-            first_seq=committed.first_seq,
-            last_seq=committed.last_seq,
-            source="postgres",
-            replayed=committed.replayed,
-        )
+        return (await self._writes.submit(append)).appended
 
     async def begin_turn(self, append: Append, *, window: int) -> Turn:
         committed = await self._writes.submit(append)
@@ -608,23 +600,6 @@ def _state(record: asyncpg.Record | None) -> CacheState:
     if record is None:
         raise DurableStoreUnavailable("chat.cache_state is empty", hint="start the service once")
     return state_of(record)
-
-
-def owned(row: Row | None, user_id: str | None) -> Row:
-    """The row, if it is this caller's."""
-    if row is None or user_id not in {None, row.session.user_id}:
-        raise SessionNotFound
-    return row
-
-
-def visible(row: Row | None, user_id: str | None, min_seq: int | None) -> Row:
-    """The row as this caller may see it: the contract's first checks, in their order."""
-    row = owned(row, user_id)
-    if row.owner == "redis":
-        raise AdoptionPending
-    if min_seq is not None and min_seq > row.session.message_count:
-        raise NotYetVisible
-    return row
 
 
 def _keyed(append: Append) -> bool:
