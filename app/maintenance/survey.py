@@ -112,4 +112,4 @@ async def random_entries(bounded: BoundedRedis, count: int) -> AsyncIterator[lis
         key = await random_key(bounded)
         if key is None:
             return
-        yield await look_at(bounded, [key.decode(errors="replace")])
+        yield await look_at(bounded, [key])

@@ -2,13 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from uuid import UUID
 
 from app.coherence.ports import CachedValue
 from app.redis_sessions.client import BoundedRedis, identity_of
 from app.redis_sessions.codec import decode
-from app.redis_sessions.keys import session_key
+from app.redis_sessions.keys import key_text, session_key
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +53,11 @@ async def find_session(bounded: BoundedRedis, session_id: UUID) -> Found:
     return Found(ttl_seconds=ttl_seconds, size_bytes=len(raw), value=decode(raw, session_id) if raw else None)
 
 
-async def random_key(bounded: BoundedRedis) -> bytes | None:
+async def random_key(bounded: BoundedRedis) -> str | None:
     """Any key of the database, each as likely as the next; None: it is empty."""
     async with bounded.step() as redis:
         key = await redis.randomkey()
-    return cast("bytes | None", key)
+    return key_text(key) if key is not None else None
 
 
 async def server_facts(bounded: BoundedRedis) -> ServerFacts:

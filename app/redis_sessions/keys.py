@@ -16,13 +16,19 @@ def session_key(session_id: UUID) -> str:
     return f"session:{session_id}"
 
 
-def session_of(key: bytes) -> UUID | None:
+def key_text(key: bytes | str) -> str:
+    """A key that Redis has named, whatever its bytes. By its types, redis-py may have decoded it."""
+    return key.decode(errors="replace") if isinstance(key, bytes) else key
+
+
+def session_of(key: str) -> UUID | None:
     """Whose key it is; None: no session's."""
     try:
-        session_id = UUID(key.decode().removeprefix("session:"))
+        session_id = UUID(key.partition(":")[2])
     except ValueError:
         return None
-    return session_id if session_key(session_id).encode() == key else None
+    # Another way to write the same id names another key, which no store of ours ever asks for.
+    return session_id if session_key(session_id) == key else None
 
 
 def user_key(user_id: str) -> str:

@@ -7,7 +7,7 @@ from uuid import UUID
 
 from app.redis_sessions.client import BoundedRedis
 from app.redis_sessions.codec import FIELDS, USER_ID_OFFSET
-from app.redis_sessions.keys import session_key
+from app.redis_sessions.keys import key_text, session_of
 
 #: Whose a key is. 'guide': an object that is not of our layout, perhaps a session of the guide's own program.
 #: 'other': nothing that any store of ours would read as a session.
@@ -48,7 +48,7 @@ async def scan_sessions(
             cursor, keys = await redis.scan(cursor, match=_PATTERN, count=keys_per_step)
         # A bucket may hold more than was asked for.
         for start in range(0, len(keys), keys_per_step):
-            names = [_text(key) for key in keys[start : start + keys_per_step]]
+            names = [key_text(key) for key in keys[start : start + keys_per_step]]
             yield await look_at(bounded, names)
         if cursor == 0:
             return
@@ -62,26 +62,13 @@ async def look_at(bounded: BoundedRedis, keys: Sequence[str]) -> list[Seen]:
             pipe.getrange(key, 0, USER_ID_OFFSET - 1)
         # A key of another type fails alone.
         heads = await pipe.execute(raise_on_error=False)
-    return [Seen(key, _session_id(key), _kind(head)) for key, head in zip(keys, heads, strict=True) if head]
+    return [Seen(key, session_of(key), _kind(head)) for key, head in zip(keys, heads, strict=True) if head]
 
 
 async def key_count(bounded: BoundedRedis) -> int:
     async with bounded.step() as redis:
         count: int = await redis.dbsize()
     return count
-
-
-def _text(key: bytes | str) -> str:
-    return key.decode(errors="replace") if isinstance(key, bytes) else key
-
-
-def _session_id(key: str) -> UUID | None:
-    try:
-        session_id = UUID(key.partition(":")[2])
-    except ValueError:
-        return None
-    # Another way to write the same id names another key, which no store of ours ever asks for.
-    return session_id if session_key(session_id) == key else None
 
 
 def _kind(head: object) -> Kind:

@@ -506,7 +506,7 @@ async def test_four_writers_give_no_false_alarm(stack, servers, database, state,
     async def look():
         while time.monotonic() < ends_at:
             for key in await redis.keys():
-                finding = await auditor.audit(session_of(key))
+                finding = await auditor.audit(session_of(key.decode()))
                 found.append((finding.verdict, finding.difference))
 
     await asyncio.gather(*(write(number) for number in range(4)), look(), look())
