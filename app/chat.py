@@ -173,6 +173,17 @@ def cut_to_milliseconds(moment: datetime) -> datetime:
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
 
 
+def milliseconds_of(moment: datetime) -> int:
+    """Since 1970, without loss for what `utc_now` gives."""
+    return round(moment.timestamp() * 1000)
+
+
+def from_milliseconds(milliseconds: int) -> datetime:
+    """The moment that `milliseconds_of` was given. Not by a division: a float has not all of them."""
+    seconds, rest = divmod(milliseconds, 1000)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest * 1000)
+
+
 # Messages of one moment are written together, and each with its session's.
 @lru_cache(maxsize=256)
 def format_time(moment: datetime) -> str:

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from datetime import UTC, datetime
+from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated, Any
 from uuid import UUID
@@ -16,7 +16,7 @@ from app.api.moments import MOMENT
 from app.api.problems import RequestRefused, refused_field
 from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, known_query, readable_query
 from app.api.schemas import FoundOut, Problem
-from app.chat import Role, format_time, utc_now
+from app.chat import Role, format_time, from_milliseconds, milliseconds_of, utc_now
 from app.errors import Overloaded, QueryRefused, RangeRefused
 from app.wiring import Runtime
 
@@ -34,16 +34,7 @@ _SEQ_MAX = 2**31 - 1
 
 def search_cursor(since: datetime, place: searching.Place) -> str:
     """Where the next page of a search begins, for `after`."""
-    return f"{_milliseconds(since)}.{_milliseconds(place.created_at)}.{place.session_id.hex}.{place.seq}"
-
-
-def _milliseconds(moment: datetime) -> int:
-    return round(moment.timestamp() * 1000)
-
-
-def _moment(milliseconds: str) -> datetime:
-    seconds, rest = divmod(int(milliseconds), 1000)
-    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest * 1000)
+    return f"{milliseconds_of(since)}.{milliseconds_of(place.created_at)}.{place.session_id.hex}.{place.seq}"
 
 
 def _cursor(after: str) -> tuple[datetime, searching.Place]:
@@ -51,7 +42,8 @@ def _cursor(after: str) -> tuple[datetime, searching.Place]:
         raise refused_field(
             "unknown_cursor", "query.after", "is no cursor of a search: take it from `next` of a page"
         )
-    return _moment(place[1]), searching.Place(_moment(place[2]), UUID(place[3]), int(place[4]))
+    since, at = (from_milliseconds(int(digits)) for digits in (place[1], place[2]))
+    return since, searching.Place(at, UUID(place[3]), int(place[4]))
 
 
 @router.get(

@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Annotated, Any, Generic, TypeVar
 from urllib.parse import unquote_to_bytes
@@ -18,6 +17,7 @@ from starlette.requests import ClientDisconnect
 
 from app.api import strict_json
 from app.api.problems import RequestRefused, refused_field
+from app.chat import from_milliseconds, milliseconds_of
 from app.store import Cursor
 from app.wiring import Runtime
 
@@ -296,7 +296,7 @@ def request_body(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def cursor_text(cursor: Cursor) -> str:
-    return f"{round(cursor.created_at.timestamp() * 1000)}.{cursor.session_id.hex}"
+    return f"{milliseconds_of(cursor.created_at)}.{cursor.session_id.hex}"
 
 
 async def cursor_of(
@@ -318,11 +318,7 @@ def place_of(text: str | None, path: str) -> Cursor | None:
         return None
     if not (place := _CURSOR.fullmatch(text)):
         raise refused_field("unknown_cursor", path, "is no cursor of ours: take it from `next` of a page")
-    milliseconds = int(place[1])
-    moment = datetime.fromtimestamp(milliseconds // 1000, UTC)
-    return Cursor(
-        created_at=moment.replace(microsecond=milliseconds % 1000 * 1000), session_id=UUID(place[2])
-    )
+    return Cursor(created_at=from_milliseconds(int(place[1])), session_id=UUID(place[2]))
 
 
 After = Annotated[Cursor | None, Depends(cursor_of)]

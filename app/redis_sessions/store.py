@@ -10,7 +10,6 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from typing import Any, TypeGuard, cast
 from uuid import UUID
 
@@ -21,9 +20,11 @@ from app.chat import (
     NewMessage,
     SessionStatus,
     format_time,
+    from_milliseconds,
     json_text,
     line_prefix,
     messages_of,
+    milliseconds_of,
     new_uuid,
     utc_now,
 )
@@ -139,7 +140,7 @@ class RedisChatSessionStore:
             # The index first: a member without its session is pruned when listed, a session without its
             # member would never be listed.
             async with self._aux.step() as redis:
-                await redis.zadd(user_key(user_id), {str(session.session_id): _score(now)})
+                await redis.zadd(user_key(user_id), {str(session.session_id): milliseconds_of(now)})
             async with self._sessions.step() as redis:
                 await redis.set(
                     session_key(session.session_id),
@@ -230,7 +231,7 @@ class RedisChatSessionStore:
             rest = [
                 (score, name)
                 for score, name in alive
-                if after is None or (score, name) < (_score(after.created_at), str(after.session_id))
+                if after is None or (score, name) < (milliseconds_of(after.created_at), str(after.session_id))
             ]
             sessions = await self._heads([name for _, name in rest[:limit]])
         more = len(rest) > limit
@@ -238,7 +239,9 @@ class RedisChatSessionStore:
         return SessionPage(
             sessions=sessions,
             total=len(alive),
-            next=Cursor(created_at=_moment(last_score), session_id=UUID(last_name)) if more else None,
+            next=Cursor(created_at=from_milliseconds(last_score), session_id=UUID(last_name))
+            if more
+            else None,
             source="redis",
         )
 
@@ -290,7 +293,7 @@ class RedisChatSessionStore:
                 value = _in_our_layout(guide)
                 # The index first, as for a session that is created.
                 async with self._aux.step() as redis:
-                    score = _score(guide.session.created_at)
+                    score = milliseconds_of(guide.session.created_at)
                     await redis.zadd(user_key(guide.session.user_id), {str(session_id): score})
                 if await self._sessions.script("claim", [session_key(session_id)], [found, value]):
                     return True
@@ -453,7 +456,7 @@ class RedisChatSessionStore:
         alive: list[tuple[int, str]] = []
         dead: list[str] = []
         # A session is indexed before it is created: a young member without its session may be on its way.
-        settled_before = _score(utc_now()) - 60_000
+        settled_before = milliseconds_of(utc_now()) - 60_000
         for start in range(0, len(members), _INDEX_CHUNK):
             chunk = [(int(score), name.decode()) for name, score in members[start : start + _INDEX_CHUNK]]
             async with self._sessions.step() as redis:
@@ -555,11 +558,3 @@ def _split_line(message: NewMessage) -> tuple[str, str]:
 
 def _json_or_empty(user_id: str | None) -> str:
     return "" if user_id is None else json_text(user_id)
-
-
-def _score(moment: datetime) -> int:
-    return round(moment.timestamp() * 1000)
-
-
-def _moment(score: int) -> datetime:
-    return datetime.fromtimestamp(score // 1000, UTC).replace(microsecond=score % 1000 * 1000)

@@ -17,7 +17,7 @@ from app.analytics import reports
 from app.analytics.reports import Report
 from app.api.reports import FIELDS, refusal, turn
 from app.api.requests import Served, only_user
-from app.chat import utc_now
+from app.chat import format_time, utc_now
 from app.errors import ChatError, Unavailable
 from app.postgres.engine import Database
 from app.web.forms import SinceDay, UntilDay, UserId
@@ -126,7 +126,8 @@ async def analytics(
         ranges=[(one, urlencode({**_without_range(state), "days": one})) for one in RANGES],
         state=state,
         transcripts=urlencode(
-            {"from": _instant(shown.since), "to": _instant(shown.until)} | ({"user_id": user} if user else {})
+            {"from": format_time(shown.since), "to": format_time(shown.until)}
+            | ({"user_id": user} if user else {})
         ),
         weekdays=_WEEKDAYS,
     )
@@ -174,14 +175,14 @@ def _csv(name: str, query: reports.Query, found: Report | None, asked: Mapping[s
         "user_id": asked["user_id"],
     }
     if found is not None:
-        wanted |= {"from": _instant(found.since), "to": _instant(found.until), "timezone": found.timezone}
+        wanted |= {
+            "from": format_time(found.since),
+            "to": format_time(found.until),
+            "timezone": found.timezone,
+        }
     parameters = {*query.parameters, "format"}
     kept = {field: value for field, value in wanted.items() if value is not None and field in parameters}
     return f"/api/analytics/{name}?{urlencode(kept)}"
-
-
-def _instant(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def series(chart: Chart, panel: Panel, text: Callable[[str], str]) -> dict[str, Any]:

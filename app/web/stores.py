@@ -14,7 +14,7 @@ from fastapi import Query, Request, Response
 from app import __version__
 from app.api.metrics import of_all_workers
 from app.api.requests import Served
-from app.chat import utc_now
+from app.chat import milliseconds_of, utc_now
 from app.coherence.ports import CacheOutage, CacheState
 from app.errors import ChatError
 from app.metrics import Observed
@@ -176,7 +176,7 @@ async def _rendered(request: Request, runtime: Runtime, template: str, *, since:
         counted=counted,
         lag_well=counted.lag_seconds <= _LAG_SECONDS_WELL,
         lately=Lately.between(since, now, counted),
-        next_since=f"{round(now.timestamp() * 1000)}.{counted.hits}.{counted.reads}",
+        next_since=f"{milliseconds_of(now)}.{counted.hits}.{counted.reads}",
         now=now,
         revision_needed=REVISION,
         runtime=runtime,
