@@ -3,7 +3,6 @@
 import asyncio
 import re
 from datetime import datetime
-from http import HTTPStatus
 from typing import Annotated, Any
 from uuid import UUID
 
@@ -13,7 +12,7 @@ from fastapi.responses import JSONResponse
 from app.analytics import search as searching
 from app.api import strict_json
 from app.api.moments import MOMENT
-from app.api.problems import RequestRefused, refused_field
+from app.api.problems import no_archive, refused_field
 from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, known_query, readable_query
 from app.api.schemas import FoundOut, Problem
 from app.chat import Role, format_time, from_milliseconds, milliseconds_of, utc_now
@@ -136,11 +135,7 @@ async def search_page(
 ) -> tuple[searching.Page, datetime]:
     """A page of hits, and where the range begins. Raises `RequestRefused` that names the field, or `Overloaded`."""
     if runtime.database is None:
-        raise RequestRefused(
-            "no_archive",
-            "chats are kept in Redis alone: without DATABASE_URL there is no archive",
-            status=HTTPStatus.CONFLICT,
-        )
+        raise no_archive()
     if flaw := strict_json.text_flaw(q):
         raise refused_field("text_not_storable", "query.q", flaw)
     if after is not None:

@@ -73,7 +73,36 @@ class RequestRefused(Exception):
 
 def refused_field(code: str, path: str, detail: str) -> RequestRefused:
     """A 422 that names one field."""
-    return RequestRefused(code, f"{path}: {detail}", errors=[{"path": path, "code": code, "detail": detail}])
+    return refused_fields(code, [{"path": path, "code": code, "detail": detail}])
+
+
+def refused_fields(code: str, errors: Sequence[Mapping[str, str]]) -> RequestRefused:
+    """A 422 that names each of them, by `path`, `code` and `detail`."""
+    return RequestRefused(
+        code, "; ".join(f"{error['path']}: {error['detail']}" for error in errors), errors=errors
+    )
+
+
+def validation_failed(found: Sequence[Any], *, within: Sequence[str] = ()) -> RequestRefused:
+    """The same of what pydantic has found, in what stands at `within`."""
+    errors = [
+        {
+            "path": ".".join(str(part) for part in (*within, *error["loc"])),
+            "code": str(error["type"]),
+            "detail": str(error["msg"]).removeprefix("Value error, "),
+        }
+        for error in found
+    ]
+    return refused_fields("validation_failed", errors)
+
+
+def no_archive() -> RequestRefused:
+    """What only a database can say is asked of a service that has none."""
+    return RequestRefused(
+        "no_archive",
+        "chats are kept in Redis alone: without DATABASE_URL there is no archive",
+        status=HTTPStatus.CONFLICT,
+    )
 
 
 def problem(
@@ -117,20 +146,15 @@ def fault_problem(exc: Exception) -> JSONResponse:
     return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "the request failed inside the service")
 
 
-def _validation_problem(exc: RequestValidationError) -> JSONResponse:
-    errors = [
-        {
-            "path": ".".join(str(part) for part in error["loc"]),
-            "code": str(error["type"]),
-            "detail": str(error["msg"]).removeprefix("Value error, "),
-        }
-        for error in exc.errors()
-    ]
+def _refusal_problem(exc: RequestRefused) -> JSONResponse:
+    # The rest of a body that was refused unread would be taken for the next request.
+    unread = exc.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     return problem(
-        HTTPStatus.UNPROCESSABLE_ENTITY,
-        "validation_failed",
-        "; ".join(f"{error['path']}: {error['detail']}" for error in errors),
-        errors=errors,
+        exc.status,
+        exc.code,
+        exc.detail,
+        headers={"Connection": "close"} if unread else None,
+        **({"errors": list(exc.errors)} if exc.errors else {}),
     )
 
 
@@ -152,19 +176,11 @@ def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
 
     async def on_refused(_: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, RequestRefused)  # noqa: S101 - registered for it
-        # The rest of a body that was refused unread would be taken for the next request.
-        unread = exc.status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE
-        return problem(
-            exc.status,
-            exc.code,
-            exc.detail,
-            headers={"Connection": "close"} if unread else None,
-            **({"errors": list(exc.errors)} if exc.errors else {}),
-        )
+        return _refusal_problem(exc)
 
     async def on_validation(_: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, RequestValidationError)  # noqa: S101 - registered for it
-        return _validation_problem(exc)
+        return _refusal_problem(validation_failed(exc.errors()))
 
     async def on_http(request: Request, exc: Exception) -> JSONResponse:
         assert isinstance(exc, HTTPException)  # noqa: S101 - registered for it

@@ -6,7 +6,6 @@ import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import date, datetime
-from http import HTTPStatus
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
@@ -14,7 +13,7 @@ from fastapi.responses import JSONResponse
 
 from app.analytics import reports
 from app.api.moments import DAY_OR_MOMENT
-from app.api.problems import RequestRefused, refused_field
+from app.api.problems import RequestRefused, no_archive, refused_field
 from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, known_query, readable_query
 from app.api.schemas import Problem, ReportListOut, ReportOut
 from app.chat import format_time
@@ -123,11 +122,7 @@ async def report(
     written is counted within seconds: `complete` and `lag_seconds` say how far the roll-ups are.
     """
     if runtime.database is None:
-        raise RequestRefused(
-            "no_archive",
-            "chats are kept in Redis alone: without DATABASE_URL there is no archive",
-            status=HTTPStatus.CONFLICT,
-        )
+        raise no_archive()
     try:
         async with turn(request.app.state.reports):
             found = await reports.run(

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ValidationError
 from starlette.requests import ClientDisconnect
 
 from app.api import strict_json
-from app.api.problems import RequestRefused, refused_field
+from app.api.problems import RequestRefused, refused_field, validation_failed
 from app.chat import from_milliseconds, milliseconds_of
 from app.store import Cursor
 from app.wiring import Runtime
@@ -225,19 +225,7 @@ def parsed_body(model: type[_Model], body: bytes) -> Body[_Model]:
     try:
         return Body(model.model_validate(sent), sent)
     except ValidationError as exc:
-        errors = [
-            {
-                "path": ".".join(["body", *(str(part) for part in error["loc"])]),
-                "code": error["type"],
-                "detail": error["msg"].removeprefix("Value error, "),
-            }
-            for error in exc.errors()
-        ]
-        raise RequestRefused(
-            "validation_failed",
-            "; ".join(f"{error['path']}: {error['detail']}" for error in errors),
-            errors=errors,
-        ) from exc
+        raise validation_failed(exc.errors(), within=["body"]) from exc
 
 
 def json_body(model: type[_Model]) -> Callable[..., Awaitable[Body[_Model]]]:

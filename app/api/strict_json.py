@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from app.api.problems import RequestRefused, refused_field
+from app.api.problems import refused_field, refused_fields
 
 _INTEGER_DIGITS_MAX = 4000
 
@@ -43,9 +43,7 @@ def parse(body: bytes) -> Any:
         raise refused_field("too_deep", "body", f"is nested more than {_LEVELS_MAX} levels deep")
     flaws = [{"path": path, "code": flaw.code, "detail": flaw.detail} for path, flaw in found]
     if flaws:
-        raise RequestRefused(
-            flaws[0]["code"], "; ".join(f"{flaw['path']}: {flaw['detail']}" for flaw in flaws), errors=flaws
-        )
+        raise refused_fields(flaws[0]["code"], flaws)
     return value
 
 
