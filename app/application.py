@@ -13,7 +13,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from app import __version__
-from app.api import analytics, health, hot, metrics, problems, reports, sessions
+from app.api import health, hot, metrics, problems, reports, search, sessions
 from app.settings import Settings
 from app.web import PAGES
 from app.web.frame import show_errors
@@ -37,7 +37,7 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with open_runtime(settings, embedded=embedded) as runtime:
             app.state.runtime = runtime
-            app.state.searches = asyncio.Semaphore(analytics.SEARCHES_AT_ONCE)
+            app.state.searches = asyncio.Semaphore(search.SEARCHES_AT_ONCE)
             app.state.reports = asyncio.Semaphore(reports.REPORTS_AT_ONCE)
             yield
 
@@ -52,7 +52,8 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
         # a twentieth of a cached history. `/metrics` tells what happens here.
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
-    routers = (sessions.router, analytics.router, reports.router, health.router, metrics.router)
+    # The search before the reports, which take every other name.
+    routers = (sessions.router, search.router, reports.router, health.router, metrics.router)
     problems.install(app, [route for router in routers for route in router.routes])
     for router in routers:
         app.include_router(router)
@@ -61,7 +62,9 @@ def create_app(settings: Settings, *, embedded: bool = False) -> FastAPI:
             app.include_router(router)
         show_errors(app)
     # From this service itself: a browser asks no other host for anything.
-    app.mount("/docs/assets", StaticFiles(directory=Path(hot.__file__).parent / "swagger_ui"), name="swagger")
+    app.mount(
+        "/docs/assets", StaticFiles(directory=Path(__file__).parent / "api" / "swagger_ui"), name="swagger"
+    )
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:

@@ -1,4 +1,4 @@
-"""The calls under `/api/analytics` that report numbers."""
+"""`GET /api/analytics` and `/api/analytics/{report}`: the reports, as JSON or CSV."""
 
 import asyncio
 import csv

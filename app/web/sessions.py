@@ -17,9 +17,9 @@ from starlette.responses import RedirectResponse
 
 from app.analytics.browse import browse_sessions
 from app.analytics.search import DEFAULT_RANGE, Hit
-from app.api.analytics import search_cursor, search_page
 from app.api.problems import RequestRefused, refused_field
 from app.api.requests import Served, cursor_text, only_user, place_of
+from app.api.search import search_cursor, search_page
 from app.api.sessions import SEQ_MAX
 from app.chat import ChatSession, SessionStatus
 from app.coherence.ports import CacheOutage, Entry, GuideEntry

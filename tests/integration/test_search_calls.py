@@ -8,7 +8,7 @@ from datetime import timedelta
 import pytest
 from typer.testing import CliRunner
 
-from app.api.analytics import SEARCHES_AT_ONCE
+from app.api.search import SEARCHES_AT_ONCE
 from app.chat import format_time, parse_time, utc_now
 from app.cli.main import app
 from tests.integration.api_client import assert_problem, empty_stores, for_mode, open_api

@@ -1,4 +1,4 @@
-"""The calls under `/api/analytics`: what the archive says."""
+"""`GET /api/analytics/search`: what was said, found in the transcripts."""
 
 import asyncio
 import re
