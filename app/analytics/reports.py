@@ -5,13 +5,14 @@ from roll-ups where they can say exactly what is asked for; else from the messag
 """
 
 import asyncio
+import csv
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, time, timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 from zoneinfo import available_timezones
 
 from sqlalchemy import TextClause, text
@@ -31,6 +32,7 @@ from app.errors import (
 from app.postgres.engine import STATEMENT_TIMEOUT_SECONDS, Database
 
 Granularity = Literal["hour", "day", "week", "month"]
+AskedGranularity = Literal["auto", Granularity]
 Variant = Literal["days", "hours", "plain", "folded"]
 
 #: Reports by the day have a row for each: this bounds them.
@@ -183,6 +185,22 @@ class Report:
     lag_seconds: float
     sql: str
 
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The rows, by the columns' names."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
+    @property
+    def json_rows(self) -> list[dict[str, object]]:
+        """The same as JSON has them."""
+        return [{name: cell_of(value) for name, value in record.items()} for record in self.records]
+
+    def write_csv(self, file: TextIO) -> None:
+        """For a spreadsheet, too, which would run a text that begins like a formula: behind an apostrophe it is shown."""
+        lines = csv.writer(file)
+        lines.writerow(self.columns)
+        lines.writerows([_spreadsheet_cell(value) for value in row] for row in self.rows)
+
 
 def unit_of(column: str) -> str:
     """What the numbers of a column count; text and times have none of their own."""
@@ -204,8 +222,7 @@ def cell_of(value: object) -> object:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def spreadsheet_cell(value: object) -> object:
-    """A value for a spreadsheet, which would run a text that begins like a formula: behind an apostrophe it is shown."""
+def _spreadsheet_cell(value: object) -> object:
     cell = cell_of(value)
     return f"'{cell}" if isinstance(cell, str) and cell[:1] in _FORMULA else cell
 
@@ -250,7 +267,7 @@ async def run(
     since: datetime | date | None = None,
     until: datetime | date | None = None,
     days: int = 30,
-    granularity: Granularity | Literal["auto"] = "auto",
+    granularity: AskedGranularity = "auto",
     timezone: str | None = None,
     user_id: str | None = None,
     limit: int = 20,
@@ -273,21 +290,11 @@ async def run(
     async with database.core() as conn:
         place = await _placed(conn, since, until, days, timezone)
         begin, end, zone = place.since, place.until, place.zone
-        counted_zone = place.timezone or "UTC"
         _refuse_wrong_range(query, begin, end)
         if query.folded:
             await conn.execute(_BY_KEY)
         step = _granularity(query, granularity, end - begin)
-        variant, sql = _only_variant(query) or _variant(
-            query,
-            place,
-            zone=zone,
-            counted_zone=counted_zone,
-            since=begin,
-            until=end,
-            of_messages=plain or user_id is not None,
-            step=step,
-        )
+        variant, sql = _variant(query, place, step, of_messages=plain or user_id is not None)
         values = {
             "since": begin,
             "until": end,
@@ -430,7 +437,7 @@ def _refuse_wrong_range(query: Query, since: datetime, until: datetime) -> None:
         )
 
 
-def _granularity(query: Query, asked: Granularity | Literal["auto"], width: timedelta) -> Granularity:
+def _granularity(query: Query, asked: AskedGranularity, width: timedelta) -> Granularity:
     """The one asked for; `auto`: the finest that the report has, with `_AUTO_PERIODS` at most."""
     if not query.by_period:
         return "day"
@@ -450,57 +457,55 @@ def _granularity(query: Query, asked: Granularity | Literal["auto"], width: time
     return "month"
 
 
-def _only_variant(query: Query) -> tuple[Variant, str] | None:
-    return ("folded", query.sql) if query.folded else None
-
-
-def _variant(
-    query: Query,
-    place: Any,
-    *,
-    zone: str,
-    counted_zone: str,
-    since: datetime,
-    until: datetime,
-    of_messages: bool,
-    step: Granularity,
-) -> tuple[Variant, str]:
+def _variant(query: Query, place: Any, step: Granularity, *, of_messages: bool) -> tuple[Variant, str]:
     """The fastest statement that says exactly what is asked for. Raises `RangeRefused` or `TimezoneRefused`."""
-    variants = query.variants
+    if query.folded:
+        return "folded", query.sql
+    if not of_messages and (found := _of_rollups(query.variants, place, step)) is not None:
+        return found
+    if query.plain is not None and place.until - place.since <= timedelta(days=PLAIN_DAYS_MAX):
+        return "plain", query.plain
+    raise _made_otherwise(query, place)
+
+
+def _of_rollups(variants: Mapping[Variant, str], place: Any, step: Granularity) -> tuple[Variant, str] | None:
+    if "days" in variants and place.zone == _counted_zone(place) and step != "hour" and _are_midnights(place):
+        return "days", variants["days"]
+    if (hourly := variants.get("hours")) is None:
+        return None
+    ends = place.since, place.until
+    if _divides(timedelta(hours=1), *ends) and (place.whole_hours or ":timezone" not in hourly):
+        return "hours", hourly
+    if _BY_HOUR in hourly and _divides(timedelta(minutes=5), *ends) and place.whole_five_minutes:
+        return "hours", hourly.replace(_BY_HOUR, _BY_5_MINUTES)
+    return None
+
+
+def _made_otherwise(query: Query, place: Any) -> RangeRefused | TimezoneRefused:
+    """Why no statement says exactly what is asked for."""
+    since, until, counted_zone = place.since, place.until, _counted_zone(place)
     made_of = f"days of {counted_zone}"
-    if (hourly := variants.get("hours")) is not None:
+    if (hourly := query.variants.get("hours")) is not None:
         made_of += ", or UTC hours" if _BY_HOUR not in hourly else ", or UTC hours or five minutes"
-    if not of_messages:
-        if "days" in variants and zone == counted_zone and step != "hour" and _are_midnights(place):
-            return "days", variants["days"]
-        if hourly is not None:
-            if _divides(timedelta(hours=1), since, until) and (
-                place.whole_hours or ":timezone" not in hourly
-            ):
-                return "hours", hourly
-            if (
-                _BY_HOUR in hourly
-                and _divides(timedelta(minutes=5), since, until)
-                and place.whole_five_minutes
-            ):
-                return "hours", hourly.replace(_BY_HOUR, _BY_5_MINUTES)
-    if "plain" in variants:
-        if until - since <= timedelta(days=PLAIN_DAYS_MAX):
-            return "plain", variants["plain"]
-        raise RangeRefused(
+    if query.plain is not None:
+        return RangeRefused(
             f"the range has {(until - since).days} days; at most {PLAIN_DAYS_MAX} are read message by message, as one user, "
             f"or a range or a zone that is not made of {made_of}, takes",
             hint="ask for a shorter one",
         )
-    if zone != counted_zone and hourly is None:
-        raise TimezoneRefused(
-            f"report {query.name} is made of {made_of}, not of {zone}",
+    if place.zone != counted_zone and hourly is None:
+        return TimezoneRefused(
+            f"report {query.name} is made of {made_of}, not of {place.zone}",
             hint=f"ask for {counted_zone}; ANALYTICS_TIMEZONE and `chat-sessions rollup --rebuild` change it",
         )
-    raise RangeRefused(
+    return RangeRefused(
         f"report {query.name} is made of {made_of}, and the range is from {format_time(since)} to {format_time(until)}",
         hint="begin and end with one",
     )
+
+
+def _counted_zone(place: Any) -> str:
+    return place.timezone or "UTC"
 
 
 def _are_midnights(place: Any) -> bool:

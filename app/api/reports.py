@@ -1,7 +1,6 @@
 """`GET /api/analytics` and `/api/analytics/{report}`: the reports, as JSON or CSV."""
 
 import asyncio
-import csv
 import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -98,7 +97,7 @@ async def report(
         *DAY_OR_MOMENT,
     ] = None,
     granularity: Annotated[
-        Literal["auto", "hour", "day", "week", "month"],
+        reports.AskedGranularity,
         Query(description="how long a period of a series is; auto: some 50 of them", examples=["day"]),
     ] = "auto",
     timezone: Annotated[
@@ -174,19 +173,14 @@ def _as_json(name: str, found: reports.Report) -> dict[str, Any]:
         "complete": found.complete,
         "lag_seconds": found.lag_seconds,
         "columns": [{"name": column, "unit": reports.unit_of(column)} for column in found.columns],
-        "rows": [
-            {column: reports.cell_of(value) for column, value in zip(found.columns, row, strict=True)}
-            for row in found.rows
-        ],
+        "rows": found.json_rows,
         "sql": found.sql,
     }
 
 
 def _as_csv(name: str, found: reports.Report) -> Response:
     written = io.StringIO()
-    lines = csv.writer(written)
-    lines.writerow(found.columns)
-    lines.writerows([reports.spreadsheet_cell(value) for value in row] for row in found.rows)
+    found.write_csv(written)
     return Response(
         written.getvalue(),
         media_type="text/csv; charset=utf-8",

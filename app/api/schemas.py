@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
 
+from app.analytics.reports import Granularity
 from app.chat import ChatSession, Role, format_time
 from app.store import SessionPage
 
@@ -232,9 +233,7 @@ class ReportOut(BaseModel):
     from_: str = Field(alias="from", examples=[_TIME])
     to: str = Field(description="exclusive", examples=[_TIME])
     timezone: str = Field(examples=["Asia/Ho_Chi_Minh"])
-    granularity: Literal["hour", "day", "week", "month"] | None = Field(
-        description="of a series", examples=["day"]
-    )
+    granularity: Granularity | None = Field(description="of a series", examples=["day"])
     source: Literal["roll-ups", "messages"] = Field(description="what it was read from")
     complete: bool = Field(description="false: the roll-ups don't have all sessions yet", examples=[True])
     lag_seconds: float = Field(description="how far the roll-ups are behind", examples=[0.4])

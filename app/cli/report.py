@@ -1,18 +1,17 @@
 """`chat-sessions report NAME`: numbers about the archived chats, by SQL that anybody can read."""
 
 import asyncio
-import csv
 import sys
 from collections.abc import Sequence
 from datetime import date, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.bar import Bar
 from rich.console import Console
 from rich.table import Table
 
-from app.analytics.reports import REPORTS, Report, cell_of, run, spreadsheet_cell
+from app.analytics.reports import REPORTS, AskedGranularity, Report, cell_of, run
 from app.chat import format_time
 from app.cli.moments import day_or_moment
 from app.cli.output import Json, fail, print_json, print_table, refusals_are_lines
@@ -50,7 +49,7 @@ def report(
         ),
     ] = None,
     granularity: Annotated[
-        Literal["auto", "hour", "day", "week", "month"],
+        AskedGranularity,
         typer.Option(help="how long a period of a series is; auto: some 50 of them"),
     ] = "auto",
     timezone: Annotated[
@@ -91,10 +90,6 @@ def report(
     if found.source == "roll-ups":
         _tell_lag(found)
     if json:
-        rows = [
-            {column: cell_of(value) for column, value in zip(found.columns, row, strict=True)}
-            for row in found.rows
-        ]
         print_json(
             {
                 "report": name,
@@ -104,13 +99,11 @@ def report(
                 "granularity": found.granularity,
                 "complete": found.complete,
                 "lag_seconds": found.lag_seconds,
-                "rows": rows,
+                "rows": found.json_rows,
             }
         )
     elif as_csv:
-        lines = csv.writer(sys.stdout)
-        lines.writerow(found.columns)
-        lines.writerows([spreadsheet_cell(value) for value in row] for row in found.rows)
+        found.write_csv(sys.stdout)
     else:
         _print(found)
 

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 from fastapi import Query, Request, Response
 
 from app.analytics import reports
-from app.analytics.reports import Report
+from app.analytics.reports import AskedGranularity, Report
 from app.api.reports import FIELDS, refusal, turn
 from app.api.requests import Served, only_user
 from app.chat import format_time, utc_now
@@ -72,9 +72,7 @@ class Panel:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        if self.found is None:
-            return []
-        return [dict(zip(self.found.columns, row, strict=True)) for row in self.found.rows]
+        return self.found.records if self.found is not None else []
 
 
 @router.get("/analytics")
@@ -84,7 +82,7 @@ async def analytics(
     days: Annotated[int, Query(ge=1, le=reports.RANGE_DAYS_MAX)] = 30,
     since: SinceDay = None,
     until: UntilDay = None,
-    granularity: Literal["auto", "hour", "day", "week", "month"] = "auto",
+    granularity: AskedGranularity = "auto",
     timezone: Annotated[str, Query(max_length=64)] = "",
     user_id: UserId = "",
 ) -> Response:
