@@ -4,8 +4,8 @@ import asyncio
 
 import typer
 
-from app.cli.adoption import PerSecond, as_json, interruptible, opened, print_tally, shown
-from app.cli.output import Json, print_json, refusals_are_lines
+from app.cli.adoption import PerSecond, as_json, left_behind, opened, print_tally, shown
+from app.cli.output import Json, interruptible, print_json, refusals_are_lines
 from app.cli.targets import command_settings
 from app.errors import ModeRefused
 from app.maintenance.backfill import Tally
@@ -20,7 +20,7 @@ def adopt(per_second: PerSecond = None, json: Json = False) -> None:
 
     Ends with 0 where nothing is left, with 1 where it is refused or sessions can't be taken over.
     """
-    with refusals_are_lines(), interruptible("adopt"):
+    with refusals_are_lines(), interruptible(left_behind("adopt")):
         mode, tally = asyncio.run(_adopt(command_settings(), per_second))
     if json:
         print_json({"mode": mode} | as_json(tally))

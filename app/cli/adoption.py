@@ -1,6 +1,5 @@
 """What `mode` and `adopt` share: both take sessions over from Redis while services serve, and say what they did."""
 
-import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -23,9 +22,6 @@ from app.settings import Settings
 from app.wiring import Stores, backfill_of, open_database, open_redis, open_stores
 
 _PLAIN_EVERY_SECONDS = 2.0
-
-#: What the shell says of a command that Ctrl-C ended.
-EXIT_INTERRUPTED = 130
 
 PerSecond = Annotated[
     float | None,
@@ -112,17 +108,12 @@ def _plainly() -> Callable[[Tally], None]:
     return say
 
 
-@contextmanager
-def interruptible(command: str) -> Iterator[None]:
+def left_behind(command: str) -> str:
     """What a Ctrl-C leaves is a mode that serves."""
-    try:
-        yield
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        sys.stderr.write(
-            "\nstopped: what was taken over stays so. In mode draining everything is served, and a running service "
-            f"goes on in the background. To go on here: `chat-sessions {command}`\n"
-        )
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    return (
+        "what was taken over stays so. In mode draining everything is served, and a running service "
+        f"goes on in the background. To go on here: `chat-sessions {command}`"
+    )
 
 
 def as_json(tally: Tally) -> dict[str, Any]:

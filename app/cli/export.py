@@ -11,8 +11,7 @@ import typer
 from app.archive.export import Exported, export_sessions
 from app.archive.manifest import Format, Selection
 from app.chat import LEGACY_MONTH
-from app.cli.adoption import EXIT_INTERRUPTED
-from app.cli.output import Json, print_json, progress_of_unknown, refusals_are_lines
+from app.cli.output import Json, interruptible, print_json, progress_of_unknown, refusals_are_lines
 from app.cli.targets import command_settings, required_database_url
 from app.cli.texts import text
 from app.wiring import open_database
@@ -89,15 +88,17 @@ def export(
         since=since,
         until=until,
     )
-    try:
-        with refusals_are_lines():
-            done = asyncio.run(_export(folder, selection, kind))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        typer.echo("\nstopped: what is finished stays. The same command goes on with it.", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    with refusals_are_lines(), interruptible("what is finished stays. The same command goes on with it."):
+        done = asyncio.run(_export(folder, selection, kind))
     if json:
         print_json(
-            {"folder": str(folder), "sessions": done.sessions, "messages": done.messages} | _counts(done)
+            {
+                "folder": str(folder),
+                "sessions": done.sessions,
+                "messages": done.messages,
+                "months": done.months,
+                "months_kept": done.kept,
+            }
         )
         return
     print(
@@ -106,10 +107,6 @@ def export(
     )
     if done.kept:
         print(f"{done.kept} of the months were finished before, and are as they were written")
-
-
-def _counts(done: Exported) -> dict[str, int]:
-    return {"months": done.months, "months_kept": done.kept}
 
 
 async def _export(folder: Path, selection: Selection, kind: Format) -> Exported:

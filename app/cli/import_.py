@@ -12,8 +12,15 @@ import typer
 
 from app.archive.importing import Imported, Restore, import_sessions, sources_of
 from app.archive.reading import Bounds, Problem
-from app.cli.adoption import EXIT_INTERRUPTED, opened, others
-from app.cli.output import Json, print_json, print_table, progress_of_unknown, refusals_are_lines
+from app.cli.adoption import opened, others
+from app.cli.output import (
+    Json,
+    interruptible,
+    print_json,
+    print_table,
+    progress_of_unknown,
+    refusals_are_lines,
+)
 from app.cli.targets import command_settings, required_database_url
 from app.settings import Settings
 from app.wiring import open_stores
@@ -36,12 +43,8 @@ def import_(
     Ends with 0 where all is there now, with 1 where it is refused or something was left out: each with file and line.
     """
     began = time.monotonic()
-    try:
-        with refusals_are_lines():
-            done = asyncio.run(_import(command_settings(), paths))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        typer.echo("\nstopped: what was imported stays. The same command goes on.", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
+    with refusals_are_lines(), interruptible("what was imported stays. The same command goes on."):
+        done = asyncio.run(_import(command_settings(), paths))
     seconds = time.monotonic() - began
     if json:
         print_json(asdict(done) | {"seconds": round(seconds, 3)})

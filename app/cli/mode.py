@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from app.cli.adoption import PerSecond, as_json, interruptible, opened, print_tally, shown
-from app.cli.output import Json, print_json, print_table, refusals_are_lines
+from app.cli.adoption import PerSecond, as_json, left_behind, opened, print_tally, shown
+from app.cli.output import Json, interruptible, print_json, print_table, refusals_are_lines
 from app.cli.targets import command_settings, patient, required_database_url
 from app.maintenance.backfill import Tally
 from app.maintenance.modes import ask_for_redis_only, set_mode
@@ -59,7 +59,7 @@ def mode(
             else:
                 print_table(["database", ""], list(facts.items()))
             return
-        with interruptible(f"mode {target}"):
+        with interruptible(left_behind(f"mode {target}")):
             outcome = asyncio.run(_change(settings, target, per_second, accept_eviction=accept_eviction))
     _say(outcome, target, json=json)
     if outcome.tally is not None and outcome.tally.conflicts.count:

@@ -1,5 +1,6 @@
 """How commands speak: rich on a terminal, plain in a pipe, one line for what went wrong."""
 
+import asyncio
 import json
 import re
 import sys
@@ -16,6 +17,9 @@ from app.coherence.ports import CacheOutage, CacheOutOfMemory
 from app.errors import ChatError, DurableStoreUnavailable
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+#: What the shell says of a command that Ctrl-C ended.
+_EXIT_INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON, for programs")]
 
@@ -35,6 +39,16 @@ def refusals_are_lines(*, code: int = 1) -> Iterator[None]:
         yield
     except (ChatError, CacheOutage) as exc:
         fail(_said(exc), code=code)
+
+
+@contextmanager
+def interruptible(said: str) -> Iterator[None]:
+    """Ctrl-C ends the command with what it has left behind, and how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        typer.echo(f"\nstopped: {said}", err=True)
+        raise typer.Exit(_EXIT_INTERRUPTED) from None
 
 
 def _said(exc: ChatError | CacheOutage) -> str:
