@@ -11,6 +11,7 @@ import typer
 from app.archive.export import Exported, export_sessions
 from app.archive.manifest import Format, Selection
 from app.chat import LEGACY_MONTH
+from app.cli.moments import moment
 from app.cli.output import Json, interruptible, print_json, progress_of_unknown, refusals_are_lines
 from app.cli.targets import command_settings, required_database_url
 from app.cli.texts import text
@@ -24,14 +25,6 @@ def _month(text: str) -> date:
         return datetime.strptime(text, "%Y-%m").replace(tzinfo=UTC).date()
     except ValueError as exc:
         raise typer.BadParameter(f"{text!r} is no month like 2026-11, nor `legacy`") from exc
-
-
-def _moment(text: str) -> datetime:
-    try:
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).astimezone(UTC)
-    except (ValueError, OverflowError) as exc:
-        raise typer.BadParameter(f"{text!r} is no time like 2026-01-31 or 2026-01-31T09:30+07:00") from exc
 
 
 def export(
@@ -63,12 +56,12 @@ def export(
     since: Annotated[
         datetime | None,
         typer.Option(
-            "--from", parser=_moment, metavar="TIME", help="sessions created from this moment on; UTC"
+            "--from", parser=moment, metavar="TIME", help="sessions created from this moment on; UTC"
         ),
     ] = None,
     until: Annotated[
         datetime | None,
-        typer.Option("--to", parser=_moment, metavar="TIME", help="sessions created before this moment"),
+        typer.Option("--to", parser=moment, metavar="TIME", help="sessions created before this moment"),
     ] = None,
     json: Json = False,
 ) -> None:
