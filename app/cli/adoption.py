@@ -15,7 +15,7 @@ from app.cli.output import print_table
 from app.cli.targets import patient, required_database_url
 from app.errors import ModeRefused, StartRefused
 from app.maintenance.backfill import Backfill, Named, Tally, elected
-from app.postgres.cache_state import serving
+from app.postgres.cache_state import alive
 from app.postgres.schema import require_revision
 from app.redis_sessions.client import BoundedRedis
 from app.settings import Settings
@@ -68,7 +68,7 @@ async def others(settings: Settings) -> int:
     """How many instances are serving the database."""
     async with open_database(settings) as database:
         await require_revision(database)
-        return await serving(database)
+        return len(await alive(database))
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from app.cli.output import Json, interruptible, print_json, print_table, refusal
 from app.cli.targets import command_settings, patient, required_database_url
 from app.maintenance.backfill import Tally
 from app.maintenance.modes import ask_for_redis_only, set_mode
-from app.postgres.cache_state import read_state, serving
+from app.postgres.cache_state import alive, read_state
 from app.postgres.schema import require_revision
 from app.settings import Settings
 from app.wiring import open_database, open_redis
@@ -90,7 +90,7 @@ async def _look(settings: Settings) -> dict[str, Any]:
     async with open_database(settings) as database:
         await require_revision(database)
         state = await read_state(database)
-        instances = await serving(database)
+        instances = len(await alive(database))
     if state is None:
         return {"mode": "not set yet: the first `serve` decides", "instances": instances}
     return {

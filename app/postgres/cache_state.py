@@ -87,13 +87,6 @@ class PostgresStateKeeper:
             await conn.execute(statements.LEAVE, self._instance_id)
 
 
-async def serving(database: Database) -> int:
-    """How many instances were heard from lately."""
-    async with database.connection() as conn:
-        count: int = await conn.fetchval(statements.OTHERS, None, GONE_AFTER_SECONDS)
-    return count
-
-
 async def read_state(database: Database) -> CacheState | None:
     """The state as it stands; None before the first start."""
     async with database.connection() as conn:
