@@ -90,10 +90,13 @@ class CreatedOut(BaseModel):
         return cls(session_id=str(session.session_id), created_at=format_time(session.created_at))
 
 
-class SessionOut(CreatedOut):
+class ListedOut(CreatedOut):
     user_id: str = Field(examples=["user123"])
     last_activity: str = Field(examples=[_TIME])
     total_messages: int = Field(description="the seq of its last message", examples=[2])
+
+
+class SessionOut(ListedOut):
     first_available_seq: int = Field(
         description="where its readable history begins: beyond 1 only in Redis-only mode", examples=[1]
     )
@@ -141,12 +144,6 @@ class HistoryOut(BaseModel):
     next_before_seq: int | None = Field(
         None, description="`before_seq` of the page before this one; absent at the start", examples=[101]
     )
-
-
-class ListedOut(CreatedOut):
-    user_id: str = Field(examples=["user123"])
-    last_activity: str = Field(examples=[_TIME])
-    total_messages: int = Field(examples=[2])
 
 
 class SessionsOut(BaseModel):
