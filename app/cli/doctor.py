@@ -2,10 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
 import asyncpg
 import typer
@@ -272,9 +272,8 @@ def _redis(facts: ServerFacts, *, redis_only: bool) -> Iterator[Finding]:
     yield _skew("redis clock", facts.clock_seconds - datetime.now(UTC).timestamp())
 
 
-def _policy(info: object, *, redis_only: bool) -> Finding:
-    facts = dict(info)  # type: ignore[call-overload]  # redis-py's INFO has no type
-    policy, limit = str(facts.get("maxmemory_policy", "unknown")), int(facts.get("maxmemory", 0))
+def _policy(info: Mapping[str, Any], *, redis_only: bool) -> Finding:
+    policy, limit = str(info.get("maxmemory_policy", "unknown")), int(info.get("maxmemory", 0))
     said = f"maxmemory {limit or 'unlimited'}, policy {policy}"
     if redis_only and policy.startswith("allkeys"):
         return Finding(
@@ -301,9 +300,8 @@ def _policy(info: object, *, redis_only: bool) -> Finding:
     return Finding("pass", "redis memory", said)
 
 
-def _persistence(info: object, *, redis_only: bool) -> Finding:
-    facts = dict(info)  # type: ignore[call-overload]  # redis-py's INFO has no type
-    aof = bool(int(facts.get("aof_enabled", 0)))
+def _persistence(info: Mapping[str, Any], *, redis_only: bool) -> Finding:
+    aof = bool(int(info.get("aof_enabled", 0)))
     if redis_only and not aof:
         return Finding(
             "warn",

@@ -56,9 +56,9 @@ async def _do(settings: Settings, what: str) -> tuple[list[str], list[PartitionS
     async with open_database(settings) as database:
         changed: list[str] = []
         if what == "build":
-            with progress("months") as done:
+            with progress("months") as advance:
                 changed = await build_indexes(
-                    database, before=utc_now().date().replace(day=1), done=lambda _: done(1)
+                    database, before=utc_now().date().replace(day=1), advance=advance
                 )
         elif what == "drop":
             changed = await drop_indexes(database)

@@ -117,9 +117,10 @@ async def months_for(database: Database, words: Sequence[str]) -> Months:
 
 
 async def build_indexes(
-    database: Database, *, before: date, done: Callable[[str], None] = lambda _: None
+    database: Database, *, before: date, advance: Callable[[int], None] = lambda _: None
 ) -> list[str]:
     """Makes the index of every month before this one, one after the other, while others write, and names those made.
+    `advance` is told of each.
 
     What a broken build left is made anew. Not through a transaction pooler: a month takes minutes. Raises
     `StartRefused` while another one builds.
@@ -140,7 +141,7 @@ async def build_indexes(
             # How frequent which words are: it decides where the index is used.
             await conn.execute(f"ANALYZE chat.{state.name}", timeout=_BUILD_SECONDS_MAX)
             made.append(state.name)
-            done(state.name)
+            advance(1)
     return made
 
 
