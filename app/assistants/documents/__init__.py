@@ -36,7 +36,7 @@ _TOPICS_TRIED_MAX = 12
 # How much a passage gains that has all the question's accented words as they are written.
 _ACCENTS_BONUS = 0.3
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger("chat_sessions.assistants")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +83,8 @@ class DocumentsAssistant:
         )
         self.topics = tuple(islice(self._titles(), _TOPICS_MAX))
         if self._index.is_cut:
-            _log.warning("only the first %d passages of the documents can be found", self._index.size)
-        _log.info("%d passages of %d files can be asked about", self._index.size, len(self._files))
+            log.warning("only the first %d passages of the documents can be found", self._index.size)
+        log.info("%d passages of %d files can be asked about", self._index.size, len(self._files))
 
     async def answer(self, history: Sequence[Message]) -> Answer:
         return await asyncio.to_thread(self._answer, history)

@@ -24,7 +24,7 @@ ENTRIES_MAX = 100_000
 _PASSED_OVER = frozenset({"node_modules", "__pycache__", "site-packages"})
 _EXAMPLES_MAX = 5
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger("chat_sessions.assistants")
 
 
 def own_documentation() -> tuple[Path, tuple[str, ...]]:
@@ -139,13 +139,13 @@ class _Reading:
 
     def _log(self) -> None:
         if not self.texts:
-            _log.warning(
+            log.warning(
                 "no Markdown or text file found in %s: the assistant has nothing to search", self.root
             )
         for reason, names in self.left_out.items():
-            _log.warning("left out of the documents, %s: %s", reason, listed(names))
+            log.warning("left out of the documents, %s: %s", reason, listed(names))
         if self.replaced:
-            _log.warning("not UTF-8, read with replacement characters: %s", listed(self.replaced))
+            log.warning("not UTF-8, read with replacement characters: %s", listed(self.replaced))
 
 
 def listed(names: Sequence[str]) -> str:

@@ -34,7 +34,7 @@ _HINTS = {
 
 _PORT_MAX = 65_535
 
-_log = logging.getLogger(__name__)
+log = logging.getLogger("chat_sessions.assistants")
 
 
 class OpenAICompatibleAssistant:
@@ -133,7 +133,7 @@ class OpenAICompatibleAssistant:
                 f"{failure.detail}; to be tried again in {seconds:.0f} s, with {left:.0f} s left to answer",
                 hint=failure.hint,
             ) from failure
-        _log.info("%s; trying again in %.1f s", failure.detail, seconds)
+        log.info("%s; trying again in %.1f s", failure.detail, seconds)
         await asyncio.sleep(seconds)
 
     def _unreached(self, exc: httpx.TransportError) -> AssistantFailed | AssistantTimedOut:
