@@ -1,18 +1,27 @@
-"""Sessions of everybody, newest first, for who looks through the archive."""
+"""Sessions for who looks through the archive: everybody's, newest first, and what each is about."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any
+from uuid import UUID
 
 import asyncpg
 
-from app.chat import ChatSession, SessionStatus, utc_now
+from app.chat import ChatSession, SessionStatus, session_month, utc_now
 from app.postgres.engine import Database
 from app.store import Cursor
 
 _COLUMNS = "SELECT session_id, user_id, created_at, last_activity, message_count FROM chat.chat_sessions"
+
+# The second where the assistant begins. Months as values: else it is planned for each that there is.
+_FIRST_QUESTIONS = """
+SELECT DISTINCT ON (session_id) session_id, left(content, $3) AS question
+FROM chat.chat_messages
+WHERE session_id = ANY($1::uuid[]) AND session_month = ANY($2::date[]) AND seq <= 2 AND role = 'user'
+ORDER BY session_id, seq
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +75,18 @@ async def browse_sessions(
         newer=_place(page[0]) if after is not None and page else None,
         older=_place(page[-1]) if len(rows) > limit else None,
     )
+
+
+async def first_questions(
+    database: Database, session_ids: Sequence[UUID], *, characters: int
+) -> dict[UUID, str]:
+    """How the user began each session, cut to `characters`. Those without a question, and those not in PostgreSQL, are left out."""
+    if not session_ids:
+        return {}
+    months = {session_month(session_id) for session_id in session_ids}
+    async with database.connection() as conn:
+        rows = await conn.fetch(_FIRST_QUESTIONS, session_ids, list(months), characters)
+    return {row["session_id"]: row["question"] for row in rows}
 
 
 def _sessions(rows: Sequence[asyncpg.Record]) -> tuple[ChatSession, ...]:

@@ -1,11 +1,13 @@
 """`/`: talk to the assistant. The page shows what was said; a script sends what is said next by the API's own calls."""
 
 import asyncio
+from dataclasses import dataclass
 from typing import Annotated
 from uuid import UUID
 
 from fastapi import Query, Request, Response
 
+from app.analytics.browse import first_questions
 from app.api.requests import Served, only_user
 from app.assistants import topics_of
 from app.errors import Unavailable
@@ -24,11 +26,21 @@ GUEST = "guest"
 _MESSAGES_SHOWN = 50
 _SESSIONS_SHOWN = 20
 _TOPICS_SHOWN = 3
+# Of a question: the line at the side shows some thirty of them.
+_TITLE_CHARACTERS = 80
 
 #: What the script says, by its name there.
 _WORDS = ("thinking", "slow", "failed", "resend", "unreachable", "took", "sources")
 
 Session = Annotated[UUID | None, Query()]
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """The newest sessions of a user, and what was asked first in those that PostgreSQL has."""
+
+    page: SessionPage
+    titles: dict[UUID, str]
 
 
 @router.get("/")
@@ -66,9 +78,16 @@ async def _history(runtime: Runtime, session: UUID | None, user: str) -> History
     return await runtime.store.read_history(session, max_messages=_MESSAGES_SHOWN, user_id=user)
 
 
-async def _past(runtime: Runtime, user: str) -> SessionPage | None:
+async def _past(runtime: Runtime, user: str) -> Past | None:
     """None: it can't be said now. A cached transcript is shown all the same."""
     try:
-        return await runtime.store.list_sessions(user, status="all", limit=_SESSIONS_SHOWN)
+        page = await runtime.store.list_sessions(user, status="all", limit=_SESSIONS_SHOWN)
     except Unavailable:
         return None
+    if runtime.database is None or runtime.mode == "redis-only":
+        return Past(page, {})
+    ids = [one.session_id for one in page.sessions]
+    try:
+        return Past(page, await first_questions(runtime.database, ids, characters=_TITLE_CHARACTERS))
+    except Unavailable:
+        return Past(page, {})

@@ -474,6 +474,31 @@ async def test_the_chat_shows_what_was_said_and_past_sessions_of_the_user(api):
     assert id_of(other) in fragment.text
 
 
+async def test_past_sessions_are_named_by_what_was_asked_first(api):
+    hostile = "<b>Điều kiện</b>\nnào? " + "x" * 100
+    asked, greeted, silent, _empty = [await api.new_session("namer") for _ in range(4)]
+    await api.post(f"{asked}/messages", json={"message": hostile})
+    await api.post(f"{asked}/messages", json={"message": "And then?"})
+    await api.post(
+        f"{greeted}/history",
+        json={
+            "messages": [{"role": "assistant", "content": "Welcome"}, {"role": "user", "content": "Học phí?"}]
+        },
+    )
+    await api.post(f"{silent}/history", json={"messages": [{"role": "user", "content": " \n"}]})
+
+    _, html = await page(api, "/?user_id=namer")
+
+    named = [attributes.get("class") for tag, attributes in html.elements if tag == "bdi"]
+    assert named == ["clip", "clip"]
+    assert hostile[:80] in html.words
+    assert "Học phí?" in html.words
+    assert "Welcome" not in html.text
+    assert "And then?" not in html.text
+    _, all_empty = await page(api, "/?user_id=nobody")
+    assert "None yet." in all_empty.text
+
+
 async def test_a_session_of_somebody_else_is_none(api):
     session = await api.new_session("owner")
 
