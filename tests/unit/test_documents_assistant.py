@@ -508,6 +508,24 @@ def passages(text, file="a.md"):
     return [(p.headings, p.text) for p in split_document(file, text)]
 
 
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("one\ntwo\n  three", "one two three"),
+        ("one  \ntwo\\\nthree", "one\ntwo\\\nthree"),
+        ("say:\n- one\n  goes on\n* two\n1. three", "say:\n- one goes on\n* two\n1. three"),
+        ("-1 and\n*two*\n2026 was", "-1 and *two* 2026 was"),
+        ("| a |\n|---|\n| b |\nafter", "| a |\n|---|\n| b |\nafter"),
+        ("> one\n> two", "> one\n> two"),
+        ("    x = 1\n    y = 2", "    x = 1\n    y = 2"),
+        ("```\none\ntwo\n```", "```\none\ntwo\n```"),
+    ],
+)
+def test_a_line_that_is_broken_for_its_writer_alone_goes_on(written, read):
+    assert passages(written) == [((), read)]
+    assert passages(written, "a.txt") == [((), "\n".join(line.rstrip() for line in written.split("\n")))]
+
+
 def test_a_passage_never_crosses_a_heading_and_knows_those_above_it():
     text = "intro\n\n# A\none\n## B ##\ntwo\n### C\n\n## D\nthree\n# E\nfour\n"
     assert passages(text) == [

@@ -2,8 +2,9 @@
 
 A passage never crosses a heading and knows the headings above it. It has 600 to 1,200 characters where its
 section has as many. A code block is kept whole up to 4,000 characters and stays with the line that
-introduces it; a table that has to be cut repeats its header. No input makes a longer passage than a block
-and its introduction, and every text is read in linear time.
+introduces it; a table that has to be cut repeats its header. Where Markdown breaks a line only for its writer, the passage
+goes on: a reader's lines are of another length. No input makes a longer passage than a block and its introduction, and every
+text is read in linear time.
 """
 
 import re
@@ -23,6 +24,10 @@ _TAGS_ONLY = re.compile(r"\s*(?:</?[a-zA-Z][^<>]*>\s*)+$")
 _IMAGE = re.compile(r"!\[([^\]\n]{0,200})\]\([^)\n]{0,500}\)")
 _LINK = re.compile(r"\[([^\]\n]{0,200})\]\([^)\n]{0,500}\)")
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+")
+# Of Markdown: an item of a list, a row of a table, a quotation.
+_OWN_LINE = re.compile(r"\s*(?:[-*+]\s|\d{1,9}[.)]\s|[|>])")
+_HARD_BREAK = ("  ", "\\")
+_INDENTED_CODE = ("    ", "\t")
 _UNDERLINE_LEVELS = {"=": 1, "-": 2}
 
 
@@ -51,15 +56,30 @@ def split_document(file: str, text: str) -> Iterator[Passage]:
     """The passages of a Markdown, reStructuredText or plain text file, in order."""
     above: list[_Heading] = []
     section: list[_Block] = []
+    is_markdown = file.lower().endswith((".md", ".markdown"))
     for part in _parts(text.splitlines(), is_rst=file.lower().endswith(".rst")):
         if isinstance(part, _Block):
-            section.append(part)
+            section.append(part if part.is_code else _in_lines(part, is_markdown=is_markdown))
             continue
         yield from _passages(file, above, section)
         section = []
         above = [heading for heading in above if heading.level < part.level]
         above.append(part)
     yield from _passages(file, above, section)
+
+
+def _in_lines(paragraph: _Block, *, is_markdown: bool) -> _Block:
+    """With the line breaks that a reader is meant to see."""
+    lines: list[list[str]] = []
+    goes_on = False
+    is_wrapped = is_markdown and not paragraph.text.startswith(_INDENTED_CODE)
+    for line in paragraph.text.split("\n"):
+        if goes_on and not _OWN_LINE.match(line):
+            lines[-1].append(line.strip())
+        else:
+            lines.append([line.rstrip()])
+        goes_on = is_wrapped and not line.endswith(_HARD_BREAK) and not line.lstrip().startswith("|")
+    return _Block("\n".join(map(" ".join, lines)))
 
 
 def _passages(file: str, above: list[_Heading], section: list[_Block]) -> Iterator[Passage]:
@@ -95,7 +115,7 @@ def _parts(lines: list[str], *, is_rst: bool) -> Iterator[_Heading | _Block]:
             yield _Heading(level if is_rst else _UNDERLINE_LEVELS[rule[1]], _title(title))
             paragraph.clear()
         elif line.strip():
-            paragraph.append(line.rstrip())
+            paragraph.append(line)
         else:
             yield from _paragraph(paragraph)
         at += 1
