@@ -1,12 +1,13 @@
 """PostgreSQL takes what is sent and says nothing: stopped, stuck in its disk, or behind a network that swallows packets."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 from uuid import UUID
 
 import pytest
+from sqlalchemy import text
 
 import app.postgres.engine as engine_module
 from app.errors import DurableStoreUnavailable
@@ -62,7 +63,22 @@ async def ask(database: Database, statement: str = "SELECT 1") -> int:
     return answer
 
 
-async def test_one_waits_in_vain_and_the_others_are_told_at_once(link: Link, database_url: str) -> None:
+async def ask_core(database: Database) -> int:
+    async with database.core() as conn:
+        answer: int = (await conn.execute(text("SELECT 1"))).scalar_one()
+    return answer
+
+
+#: What is hot, and what goes through SQLAlchemy.
+asks = pytest.mark.parametrize("ask", [ask, ask_core])
+
+Ask = Callable[[Database], Awaitable[int]]
+
+
+@asks
+async def test_one_waits_in_vain_and_the_others_are_told_at_once(
+    link: Link, database_url: str, ask: Ask
+) -> None:
     async with opened(through(link, database_url), remembers_outages=True) as database:
         assert await ask(database) == 1
         await link.change("hole")
@@ -80,8 +96,9 @@ async def test_one_waits_in_vain_and_the_others_are_told_at_once(link: Link, dat
         assert await ask(database) == 1
 
 
+@asks
 async def test_one_at_a_time_tries_again(
-    link: Link, database_url: str, monkeypatch: pytest.MonkeyPatch
+    link: Link, database_url: str, monkeypatch: pytest.MonkeyPatch, ask: Ask
 ) -> None:
     async with opened(through(link, database_url), remembers_outages=True) as database:
         assert await ask(database) == 1
