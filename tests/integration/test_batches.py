@@ -22,8 +22,10 @@ from app.errors import (
 )
 from app.hybrid import HybridChatSessionStore
 from app.postgres.engine import Database, create_engine
+from app.postgres.statements import LOCK_FREE_SESSIONS, LOCK_SESSIONS
 from app.redis_sessions.keys import session_key
 from app.store import ChatSessionStore
+from tests.contract.suite import until
 from tests.factories import guide_value, keyed_append, new_append, turn_append
 from tests.servers import Servers
 from tests.stores import new_hybrid
@@ -251,6 +253,38 @@ async def test_months_that_have_no_partition_yet_are_made_for_the_whole_batch(
 
     assert [one.last_seq for one in appended] == [1] * 4
     assert [await texts(store, one) for one in far] == [["a"]] * 3
+
+
+async def test_rows_are_locked_in_the_order_of_their_ids_however_they_are_found(
+    store: HybridChatSessionStore,
+    database: Database,
+    database_url: str,
+    locked: Callable[[UUID], Awaitable[asyncpg.Connection]],
+) -> None:
+    """Two that lock in the orders of two plans would wait for each other."""
+    first, second = sorted(await sessions(store, 2))
+    async with database.connection() as conn:
+        # From here on a walk through the table meets the second one before the first.
+        await conn.execute("UPDATE chat.chat_sessions SET user_id = user_id WHERE session_id = $1", first)
+        order = await conn.fetch("SELECT session_id FROM chat.chat_sessions ORDER BY ctid")
+    holder, walker = await locked(first), await asyncpg.connect(database_url)
+    await walker.execute("SET enable_indexscan = off; SET enable_bitmapscan = off; BEGIN")
+    locking = asyncio.create_task(walker.fetch(LOCK_SESSIONS, [second, first]))
+
+    async def waits() -> bool:
+        async with database.connection() as conn:
+            return bool(await conn.fetchval("SELECT pg_blocking_pids($1) <> '{}'", walker.get_server_pid()))
+
+    await until(waits)
+    async with database.connection() as conn:
+        free = await conn.fetch(LOCK_FREE_SESSIONS, [first, second])
+    await holder.close()
+    records = await locking
+    await walker.close()
+
+    assert [record["session_id"] for record in order] == [second, first]
+    assert [record["session_id"] for record in free] == [second]
+    assert [record["session_id"] for record in records] == [first, second]
 
 
 @pytest.mark.parametrize("pooler", ["none", "transaction"])
