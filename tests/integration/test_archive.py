@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -331,6 +332,32 @@ async def test_a_finished_month_is_kept_and_what_is_missing_or_spoilt_is_made_an
     assert {path: path.read_bytes() for path in out.rglob("*.jsonl")} == whole
 
 
+async def test_what_has_its_name_is_on_disk_and_so_is_its_name(many, database, tmp_path, monkeypatch):
+    """A power cut is not to be had here: what is asked of the system, and in which order, is."""
+    asked: list[tuple[str, int]] = []
+    wanted: list[tuple[str, int]] = []
+    os_fsync, path_replace = os.fsync, Path.replace
+
+    def fsync(descriptor: int) -> None:
+        os_fsync(descriptor)
+        asked.append(("on disk", os.fstat(descriptor).st_ino))
+
+    def replace_path(half: Path, whole: Path) -> Path:
+        file, folder = half.stat().st_ino, whole.parent.stat().st_ino
+        asked.append(("named", file))
+        wanted.extend([("on disk", file), ("named", file), ("on disk", folder)])
+        return path_replace(half, whole)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace_path)
+
+    await export_sessions(database, tmp_path / "out", Selection(), kind="jsonl")
+
+    assert asked == wanted
+    # Two months of two files, and the manifest at the beginning, after each month, and at the end.
+    assert len([what for what, _ in asked if what == "named"]) == 8
+
+
 def killed_at_its_first_file(out: Path, database_url: str, cwd: Path) -> None:
     with subprocess.Popen(
         command("export", str(out)), env=environment(DATABASE_URL=database_url), cwd=cwd
@@ -362,6 +389,21 @@ async def test_an_export_that_was_killed_goes_on_where_it_was(many, database, da
     assert read_manifest(out).complete
     assert (done.months, done.messages) == (2, 101)
     assert not list(out.rglob("*.part"))
+
+
+async def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(many, database, tmp_path):
+    """It may come from anywhere; and that file would be read, whatever it is."""
+    out = tmp_path / "out"
+    await export_sessions(database, out, Selection(), kind="jsonl")
+    fields = json.loads((out / "manifest.json").read_bytes())
+    file = fields["months"][0]["messages"]
+    (out / file["path"]).rename(tmp_path / "elsewhere.jsonl")
+    for path in ("../elsewhere.jsonl", str(tmp_path / "elsewhere.jsonl")):
+        file["path"] = path
+        (out / "manifest.json").write_text(json.dumps(fields), encoding="utf-8")
+
+        with pytest.raises(ArchiveRefused, match="outside of its folder"):
+            sources_of([out])
 
 
 async def test_a_folder_of_another_export_or_of_other_files_is_refused(database, tmp_path):
