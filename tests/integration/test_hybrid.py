@@ -795,6 +795,32 @@ async def test_a_write_that_found_no_row_before_another_instance_adopted_finds_t
     assert await texts(durable, session_id) == ["a", "b"]
 
 
+async def test_a_write_that_found_no_row_before_a_drain_finds_what_has_left_redis_since(
+    make_hybrid: MakeHybrid,
+    keeper: PostgresStateKeeper,
+    state: CacheState,
+    redis: Redis,
+    durable: PostgresChatSessionStore,
+) -> None:
+    """As where Redis is full, and its entry is dropped. Nothing in Redis tells of the row that is there now."""
+    draining = await keeper.change(state, next_state(state, mode="draining"))
+    await keeper.settle(draining)
+    draining = await keeper.read()
+    writer, other, gate = make_hybrid(state=draining), make_hybrid(state=draining), Gate()
+    session_id = new_row().session.session_id
+    await put_redis_owned(redis, session_id, [new_message("a")])
+    writer.cache.before_get_gates.append(gate)
+    writing = asyncio.create_task(writer.store.append(new_append(session_id, "b")))
+    await gate.reached.wait()
+    await other.store.adopt(session_id)
+    await redis.delete(session_key(session_id))
+
+    gate.open.set()
+    await writing
+
+    assert await texts(durable, session_id) == ["a", "b"]
+
+
 @every_call
 async def test_a_row_that_redis_owns_waits_while_redis_is_out(
     make_hybrid: MakeHybrid, database: Database, closed_url: str, verify: str, call: Call
@@ -982,6 +1008,21 @@ async def test_a_new_sessions_entry_is_dirty_until_its_commit_is_known(hybrid: H
     assert between.session == created.session
     assert not (await hybrid.cache.get(session_id, hybrid.lease.state)).dirty
     assert await sources(store, session_id) == ["redis", "redis"]
+
+
+async def test_a_session_whose_settling_is_lost_is_made_all_the_same(
+    hybrid: Hybrid, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def goes_out(*_args: object, **_kwargs: object) -> None:
+        raise CacheOutage("as the test says")
+
+    monkeypatch.setattr(hybrid.cache, "settle", goes_out)
+
+    session_id = (await hybrid.store.create_session("user123")).session.session_id
+
+    assert await texts(hybrid.store, session_id) == []
+    await hybrid.store.append(new_append(session_id, "a"))
+    assert await texts(hybrid.store, session_id) == ["a"]
 
 
 @pytest.mark.parametrize("read_between", [False, True])
