@@ -557,6 +557,22 @@ async def test_the_sampler_counts_logs_and_unlinks_a_violation(hand, sampler, hy
     assert (hybrid.counts.cache_samples, hybrid.counts.cache_violations) == (2, 1)
 
 
+async def test_a_violation_is_counted_and_logged_where_redis_goes_out_before_it_is_unlinked(
+    hand, hybrid, monkeypatch, caplog
+):
+    planted = await hand("other_chain")
+    monkeypatch.setattr(hybrid.cache, "remove", goes_out)
+
+    await Sampler(auditor_of(hybrid), hybrid.cache, hybrid.lease, hybrid.counts).sample()
+
+    assert (hybrid.counts.cache_samples, hybrid.counts.cache_violations) == (1, 1)
+    assert str(planted.session_id) in caplog.text
+
+
+async def goes_out(*_args):
+    raise CacheOutage("as the test says")
+
+
 @pytest.mark.parametrize(
     "name", [name for name, one in PLANTED.items() if one[0] not in {"violation", "absent"}]
 )
