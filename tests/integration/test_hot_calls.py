@@ -74,6 +74,7 @@ ODD_READS = [
     ("", {"If-None-Match": "*"}),
     ("", {"If-None-Match": 'W/"3", "1"'}),
     ("", {"If-None-Match": "3"}),
+    ("", [("If-None-Match", '"3"'), ("If-None-Match", '"1"')]),
 ]
 
 
