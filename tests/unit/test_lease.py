@@ -1,9 +1,11 @@
 """A process's right to believe Redis, on a clock that the test turns."""
 
+import time
 from dataclasses import replace
 
 import pytest
 
+import app.coherence.lease as lease_module
 from app.coherence.heartbeat import next_state
 from app.coherence.lease import LEASE_SECONDS, Lease, boot_time
 from app.coherence.ports import PROTOCOL, CacheState, Mode
@@ -246,6 +248,17 @@ def test_the_clock_goes_on_and_never_back() -> None:
     times = [boot_time() for _ in range(1000)]
 
     assert times == sorted(times)
+
+
+@pytest.mark.skipif(not hasattr(time, "CLOCK_BOOTTIME"), reason="this system has no such clock")
+def test_the_time_that_the_machine_sleeps_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a lease that ended meanwhile would be believed when it wakes. Which clock is asked shows by another's time."""
+    assert lease_module._BOOT_CLOCK == time.CLOCK_BOOTTIME
+    assert Lease().now is boot_time
+    monkeypatch.setattr(lease_module, "_BOOT_CLOCK", time.CLOCK_REALTIME)
+    before = time.time()
+
+    assert before <= boot_time() <= time.time()
 
 
 # What a change owes
