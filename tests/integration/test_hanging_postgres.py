@@ -115,6 +115,27 @@ async def test_one_at_a_time_tries_again(
         assert await ask(database) == 1
 
 
+@asks
+async def test_while_one_tries_again_the_others_are_told_at_once(
+    link: Link, database_url: str, monkeypatch: pytest.MonkeyPatch, ask: Ask
+) -> None:
+    async with opened(through(link, database_url), remembers_outages=True) as database:
+        assert await ask(database) == 1
+        await link.change("hole")
+        with pytest.raises(DurableStoreUnavailable, match="can't be reached"):
+            await ask(database)
+        monkeypatch.setattr(engine_module, "_TRY_AGAIN_SECONDS", 0.0)
+        trying = asyncio.create_task(ask(database))
+        # It runs until it waits.
+        await asyncio.sleep(0)
+
+        with pytest.raises(DurableStoreUnavailable, match=A_MOMENT_AGO):
+            await ask(database)
+
+        with pytest.raises(DurableStoreUnavailable, match="can't be reached"):
+            await trying
+
+
 async def test_a_statement_that_takes_too_long_is_no_outage_while_others_have_answers(
     database_url: str,
 ) -> None:
