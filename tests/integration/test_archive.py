@@ -28,7 +28,7 @@ from app.archive.reading import Problem
 from app.chat import LEGACY_MONTH, NewMessage, session_month
 from app.cli.import_ import bounds_of
 from app.coherence.ports import Piece, Restored
-from app.errors import ArchiveRefused, HistoryDiffers, ModeRefused
+from app.errors import ArchiveRefused, HistoryDiffers, ModeRefused, SessionNotFound
 from app.postgres.engine import Database, create_engine
 from app.redis_sessions.keys import session_key
 from app.settings import Settings
@@ -495,6 +495,27 @@ async def test_a_broken_line_is_named_and_the_rest_is_imported(
     assert (done.sessions_made, done.messages_added) == (2, 2)
     assert await contents_of(runtime, first) == ["a"]
     assert await contents_of(runtime, second) == ["d"]
+
+
+async def test_a_session_that_is_not_in_its_place_is_named_and_not_made_without_its_messages(
+    runtime, stores, database, tmp_path
+):
+    """Both files are read beside each other, once: its messages have been passed by."""
+    first, second = [await new_session(runtime, contents) for contents in "ab"]
+    out = tmp_path / "out"
+    await export_sessions(database, out, Selection(), kind="jsonl")
+    path = rewrite(out, "sessions", lambda lines: [*reversed(lines)])
+    await runtime.store.delete_session(first)
+    await runtime.store.delete_session(second)
+
+    done, problems = await imported(stores, out)
+
+    assert (done.sessions_made, done.messages_added) == (1, 1)
+    assert [one.line for one in problems if one.path == path] == [2]
+    assert f"session {first} does not follow {second}" in "".join(one.reason for one in problems)
+    assert await contents_of(runtime, second) == ["b"]
+    with pytest.raises(SessionNotFound):
+        await contents_of(runtime, first)
 
 
 async def test_a_broken_session_is_named_with_the_messages_that_it_leaves(
