@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 
 from app.chat import messages_of, next_chain
-from app.coherence.ports import TOKEN_ZERO, Entry, GuideEntry, Unreadable
+from app.coherence.ports import TOKEN_ZERO, Entry, GuideEntry, Owner, Unreadable
 from app.redis_sessions.codec import (
     FIELDS,
     HEAD_BYTES_MAX,
@@ -183,6 +183,37 @@ def test_a_value_that_lost_a_line_is_none() -> None:
     assert decode(b"\n".join((head, first, first, second)), SESSION_ID) is None
 
 
+def spliced(value: bytes, **fields: str) -> bytes:
+    for name, text in fields.items():
+        offset, width = FIELDS[name]
+        value = value[:offset] + text.rjust(width, "0").encode() + value[offset + width :]
+    return value
+
+
+def torn(owner: Owner) -> dict[str, bytes]:
+    """Each is wrong in one thing only."""
+    lines = [new_message(text).line(seq) for seq, text in enumerate("abc", 1)]
+    row = replace(new_row(SESSION_ID, message_count=3), owner=owner)
+    whole = encode(row, epoch=EPOCH, lines=lines)
+    return {
+        "begins within a line": spliced(whole, first_offset=str(whole.index(b"\n") + 5)),
+        "of a version that is not known": spliced(whole, version="2"),
+        "the lines of other messages": encode(row, epoch=EPOCH, lines=lines[:2]),
+        "a line is missing between two": spliced(encode(row, epoch=EPOCH, lines=lines[::2]), first_seq="1"),
+    }
+
+
+@pytest.mark.parametrize("name", torn("postgres"))
+def test_a_value_that_is_not_whole_is_none_or_waits_for_a_person(name: str) -> None:
+    """What Redis owns is nowhere else, so it is looked at in full, however it is read."""
+    of_postgres, of_redis = torn("postgres")[name], torn("redis")[name]
+
+    assert decode(of_postgres, SESSION_ID) is None
+    assert isinstance(decode(of_redis, SESSION_ID), Unreadable)
+    assert isinstance(decode(of_redis, SESSION_ID, counts=False), Unreadable)
+    assert decode(of_redis, UUID(int=7)) is None
+
+
 def test_no_changed_byte_makes_decoding_raise() -> None:
     value = golden()
 
@@ -281,6 +312,16 @@ def test_a_value_in_the_guides_format_is_read_with_its_user_its_times_and_its_me
     assert {one.created_at for one in entry.messages} == {datetime(2025, 11, 14, 10, 30, tzinfo=UTC)}
     assert {one.request_digest for one in entry.messages} == {None}
     assert decode_head(guide(said("a")), SESSION_ID) is None
+
+
+def test_two_messages_that_carry_one_id_are_two() -> None:
+    """As a hand copies them. One of them would be taken for known, and its words be lost."""
+    own = str(UUID(int=7))
+
+    first, second, third = ids(guide(*(said(text, message_id=own) for text in "abc")))
+
+    assert first == UUID(own)
+    assert len({first, second, third}) == 3
 
 
 @pytest.mark.parametrize(
