@@ -287,6 +287,34 @@ async def test_rows_are_locked_in_the_order_of_their_ids_however_they_are_found(
     assert [record["session_id"] for record in records] == [first, second]
 
 
+async def leave_half_done(database: Database, session_id: UUID) -> None:
+    async with database.transaction() as conn:
+        await conn.execute(
+            "INSERT INTO chat.chat_sessions (session_id, user_id, created_at, last_activity) "
+            "VALUES ($1, 'user123', now(), now())",
+            session_id,
+        )
+        raise ZeroDivisionError
+
+
+async def test_what_one_caller_left_half_done_is_not_committed_by_the_next(
+    database: Database, database_url: str
+) -> None:
+    ours = Database(create_engine(database_url, application_name="tests", pool_size=1))
+    session_id = uuid4()
+    try:
+        with pytest.raises(ZeroDivisionError):
+            await leave_half_done(ours, session_id)
+        async with ours.transaction() as conn:
+            found = await conn.fetch("SELECT 1 FROM chat.chat_sessions WHERE session_id = $1", session_id)
+    finally:
+        await ours.close()
+
+    assert found == []
+    async with database.connection() as conn:
+        assert await conn.fetch("SELECT 1 FROM chat.chat_sessions WHERE session_id = $1", session_id) == []
+
+
 @pytest.mark.parametrize("pooler", ["none", "transaction"])
 async def test_a_transaction_is_durable_and_bounded_whatever_the_role_says(
     database: Database, database_url: str, pooler: Literal["none", "transaction"]
