@@ -152,6 +152,22 @@ async def test_a_statement_that_takes_too_long_is_no_outage_while_others_have_an
         assert await ask(database) == 1
 
 
+@asks
+async def test_one_that_refuses_by_itself_is_asked_as_ever(
+    link: Link, database_url: str, monkeypatch: pytest.MonkeyPatch, ask: Ask
+) -> None:
+    monkeypatch.setattr(engine_module, "_SIGN_SECONDS", 0.0)
+    async with opened(through(link, database_url), remembers_outages=True) as database:
+        assert await ask(database) == 1
+        await link.change("cut")
+        for _ in range(2):
+            with pytest.raises(DurableStoreUnavailable, match="PostgreSQL can't"):
+                await ask(database)
+        await link.change("ok")
+
+        assert await ask(database) == 1
+
+
 async def test_a_command_waits_for_its_own(link: Link, database_url: str) -> None:
     async with opened(through(link, database_url), remembers_outages=False) as database:
         assert await ask(database) == 1
