@@ -649,6 +649,21 @@ class ChatSessionStoreContract:
         assert {(result.first_seq, result.last_seq) for result in results} == {(2, 3)}
         assert await texts(store, session_id) == ["before", "a", "b"]
 
+    async def test_a_message_that_is_stored_without_its_request_is_no_answer_to_it(
+        self, store: ChatSessionStore
+    ) -> None:
+        """As in a file that somebody has left the digests out of."""
+        session_id = await new_session(store)
+        request = keyed_append(session_id, "key", "a")
+        (message,) = request.messages
+        alone = replace(message, request_digest=None, request_size=None)
+        await store.append(replace(request, messages=(alone,)))
+
+        with pytest.raises(IdempotencyKeyReused):
+            await store.append(request)
+
+        assert await texts(store, session_id) == ["a"]
+
     async def test_a_key_cannot_be_used_for_another_request(self, store: ChatSessionStore) -> None:
         session_id = await new_session(store)
         await store.append(keyed_append(session_id, "key", "a", "b"))
