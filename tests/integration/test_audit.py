@@ -536,6 +536,18 @@ async def hybrid_value(planted):
     return await planted.redis.get(planted.key)
 
 
+async def test_a_violation_is_not_mended_out_of_a_table_that_has_lost_messages(hand, auditor):
+    """What stands in Redis, wrong as it is, may be the only copy of them."""
+    planted = await hand("message_that_postgresql_lost")
+    await planted.other_chain()
+    before = await planted.redis.dump(planted.key)
+
+    finding, mending = await auditor.repair(planted.session_id)
+
+    assert (finding.verdict, mending) == ("violation", "left")
+    assert await planted.redis.dump(planted.key) == before
+
+
 # The sampler
 
 
