@@ -1010,6 +1010,22 @@ async def test_a_new_sessions_entry_is_dirty_until_its_commit_is_known(hybrid: H
     assert await sources(store, session_id) == ["redis", "redis"]
 
 
+async def test_a_write_is_acknowledged_whatever_becomes_of_the_fill_after_it(
+    hybrid: Hybrid, make_hybrid: MakeHybrid, redis: Redis
+) -> None:
+    """It is durable. A refusal would be taken for "not stored"."""
+    session_id, gate = await new_session(hybrid.store, "a"), Gate()
+    await redis.delete(session_key(session_id))
+    hybrid.cache.watch_gates.append(gate)
+    writing = asyncio.create_task(hybrid.store.append(new_append(session_id, "b")))
+    await gate.reached.wait()
+    await make_hybrid().store.delete_session(session_id)
+
+    gate.open.set()
+
+    assert (await writing).last_seq == 2
+
+
 async def test_a_session_whose_settling_is_lost_is_made_all_the_same(
     hybrid: Hybrid, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
