@@ -331,6 +331,22 @@ async def test_without_postgresql_redis_only_mode_reads_and_writes_what_redis_ha
 # To hybrid
 
 
+async def test_who_has_not_heard_of_the_end_of_redis_only_mode_makes_no_session_that_redis_owns(
+    a: Instance, b: Instance, database: Database, redis: Redis, drain: Drain
+) -> None:
+    """Nobody would take it over any more."""
+    await a.to("redis-only")
+    await b.hears("redis-only")
+    b.go_deaf()
+    await drain(a)
+    assert b.store.mode == "redis-only"
+
+    session_id = await session_of(b.store, "1")
+
+    assert await owner_of(database, session_id) == "postgres"
+    assert await texts(a.store, session_id) == ["1"]
+
+
 async def test_a_writer_that_has_not_heard_of_the_change_answers_by_the_new_mode(
     a: Instance, b: Instance, redis: Redis
 ) -> None:
