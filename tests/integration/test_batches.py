@@ -12,9 +12,11 @@ import pytest
 from redis.asyncio import Redis
 from sqlalchemy import event
 
+from app.chat import session_month
 from app.coherence import batches
 from app.coherence.ports import CacheState
 from app.errors import (
+    CommitUnknown,
     IdempotencyKeyReused,
     Overloaded,
     SeqMismatch,
@@ -22,7 +24,7 @@ from app.errors import (
 )
 from app.hybrid import HybridChatSessionStore
 from app.postgres.engine import Database, create_engine
-from app.postgres.statements import LOCK_FREE_SESSIONS, LOCK_SESSIONS
+from app.postgres.statements import IDS, LOCK_FREE_SESSIONS, LOCK_SESSIONS, MESSAGES
 from app.redis_sessions.keys import session_key
 from app.store import ChatSessionStore
 from tests.contract.suite import until
@@ -313,6 +315,53 @@ async def test_what_one_caller_left_half_done_is_not_committed_by_the_next(
     assert found == []
     async with database.connection() as conn:
         assert await conn.fetch("SELECT 1 FROM chat.chat_sessions WHERE session_id = $1", session_id) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [("57P01", CommitUnknown), ("23514", asyncpg.CheckViolationError)]
+)
+async def test_a_commit_that_a_server_breaks_off_as_it_goes_down_is_unknown(
+    database_url: str, code: str, error: type[Exception]
+) -> None:
+    """It may have written the commit's record. Of every other error that a COMMIT meets, nothing is left."""
+    ours = Database(create_engine(database_url, application_name="tests", pool_size=1))
+    try:
+        with pytest.raises(error):
+            await commit_that_fails(ours, code)
+    finally:
+        await ours.close()
+
+
+async def commit_that_fails(database: Database, code: str) -> None:
+    async with database.transaction() as conn:
+        await conn.execute(
+            "CREATE TEMP TABLE noted (a int); "
+            "CREATE FUNCTION pg_temp.fail() RETURNS trigger LANGUAGE plpgsql AS "
+            f"$$ BEGIN RAISE EXCEPTION 'as the test says' USING ERRCODE = '{code}'; END $$; "
+            "CREATE CONSTRAINT TRIGGER fails AFTER INSERT ON noted DEFERRABLE INITIALLY DEFERRED "
+            "FOR EACH ROW EXECUTE FUNCTION pg_temp.fail(); "
+            "INSERT INTO noted VALUES (1)"
+        )
+
+
+@pytest.mark.parametrize(("statement", "column"), [(MESSAGES, "seq"), (IDS, "message_id")])
+async def test_messages_come_in_the_order_of_their_seqs_however_they_are_found(
+    store: HybridChatSessionStore, database: Database, statement: str, column: str
+) -> None:
+    (session_id,) = await sessions(store, 1)
+    appended = new_append(session_id, *"abc")
+    await store.append(appended)
+    wanted = {"seq": [1, 2, 3], "message_id": [message.message_id for message in appended.messages]}
+    async with database.transaction() as conn:
+        # From here on a walk through the table meets the first one last.
+        await conn.execute(
+            "UPDATE chat.chat_messages SET content = content WHERE session_id = $1 AND seq = 1", session_id
+        )
+        await conn.execute("SET LOCAL enable_indexscan = off")
+        await conn.execute("SET LOCAL enable_bitmapscan = off")
+        records = await conn.fetch(statement, session_id, session_month(session_id), 1, 3)
+
+    assert [record[column] for record in records] == wanted[column]
 
 
 @pytest.mark.parametrize("pooler", ["none", "transaction"])
