@@ -705,6 +705,52 @@ async def test_a_session_that_keeps_failing_is_a_conflict_and_the_others_are_ado
         assert await texts(hybrid, bad) == ["a"]
 
 
+async def test_a_session_that_fails_once_is_no_conflict(
+    settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = await put_guides(redis, "a")
+    async with open_stores(settings) as stores, open_redis(settings) as bounded:
+        hybrid = stores.hybrid
+        adopt, failures = hybrid.adopt, [AdoptionPending("its row hangs")]
+
+        async def fails_once(session_id: UUID) -> Any:
+            if failures:
+                raise failures.pop()
+            return await adopt(session_id)
+
+        monkeypatch.setattr(hybrid, "adopt", fails_once)
+        tally = await backfill_of(stores, bounded).drain()
+
+        assert (tally.sessions_adopted, tally.conflicts.count) == (1, 0)
+        assert (await stores.keeper.read()).mode == "hybrid"
+        assert await texts(hybrid, session_id) == ["a"]
+
+
+async def test_what_appears_behind_a_walk_is_found_by_the_next(settings: Settings, redis: Redis) -> None:
+    """Only a walk that found nothing was the last one."""
+    first = await put_guides(redis, "a")
+    async with open_stores(settings) as stores, open_redis(settings) as bounded:
+        late: list[UUID] = []
+        behind: list[asyncio.Task[UUID]] = []
+
+        def report(tally: Tally) -> None:
+            if tally.scanned and not behind:
+                behind.append(asyncio.create_task(put_guides(redis, "b")))
+
+        backfill = backfill_of(stores, bounded)
+        rows = backfill._rows
+
+        async def rows_after_that(*args: Any) -> int:
+            late.extend(await asyncio.gather(*behind))
+            return await rows(*args)
+
+        backfill._rows = rows_after_that
+        tally = await backfill.drain(report=report)
+
+        assert tally.sessions_adopted == 2
+        assert [await texts(stores.durable, one) for one in (first, *late[:1])] == [["a"], ["b"]]
+
+
 async def test_a_short_outage_is_waited_out_and_the_backfill_goes_on(
     settings: Settings, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
