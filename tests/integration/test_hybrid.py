@@ -835,6 +835,21 @@ async def test_a_row_that_redis_owns_waits_while_redis_is_out(
         await call(store, session_id, "user123")
 
 
+async def test_a_row_that_redis_owns_waits_where_redis_goes_out_before_the_fill(
+    hybrid: Hybrid, durable: PostgresChatSessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL has what it had when it gave the session away."""
+
+    def goes_out(*_args: object) -> None:
+        raise CacheOutage("as the test says")
+
+    (row,) = await durable.create(["user123"], owner="redis", before_commit=nothing)
+    monkeypatch.setattr(hybrid.cache, "watch", goes_out)
+
+    with pytest.raises(AdoptionPending):
+        await hybrid.store.get_session(row.session.session_id)
+
+
 async def nothing(_rows: Sequence[Row], _state: CacheState) -> None:
     pass
 
@@ -1024,6 +1039,16 @@ async def test_a_write_is_acknowledged_whatever_becomes_of_the_fill_after_it(
     gate.open.set()
 
     assert (await writing).last_seq == 2
+
+
+async def test_a_fill_that_is_over_is_forgotten(hybrid: Hybrid, redis: Redis) -> None:
+    session_id = await new_session(hybrid.store, "a")
+    await redis.delete(session_key(session_id))
+    assert await texts(hybrid.store, session_id) == ["a"]
+    with pytest.raises(SessionNotFound):
+        await hybrid.store.get_session(new_row().session.session_id)
+
+    assert hybrid.store._fills == {}
 
 
 async def test_a_session_whose_settling_is_lost_is_made_all_the_same(
