@@ -120,6 +120,21 @@ class TestRedisStore(ChatSessionStoreContract, SlidingTtlContract):
         assert (history.first_seq, history.next_before_seq) == (3, None)
         assert (older.lines, older.next_before_seq) == ((), None)
 
+    async def test_a_retry_slides_the_time_to_live(self, make_store: MakeStore, redis: Redis) -> None:
+        store = make_store(ttl_seconds=1000)
+        session_id = await new_session(store)
+        turn = turn_append(session_id, "ask", key="turn", lease_seconds=0.0)
+        appended = keyed_append(session_id, "key", "a")
+        await store.append(appended)
+        await store.begin_turn(turn, window=10)
+        left = []
+        for retry in (store.append(appended), store.begin_turn(turn, window=10)):
+            await redis.expire(session_key(session_id), 100)
+            await retry
+            left.append(await redis.ttl(session_key(session_id)) > 100)
+
+        assert left == [True, True]
+
     async def test_a_key_lives_as_long_as_its_messages(self, make_store: MakeStore) -> None:
         store = make_store(messages_max=3)
         session_id = await new_session(store)

@@ -698,6 +698,17 @@ async def test_a_watch_that_fills_nothing_leaves_its_connection_clean(
     assert await fill(cache, row, [])
 
 
+async def test_a_torn_entry_that_redis_owns_is_not_removed(cache: Steps, redis: Redis) -> None:
+    """Dirty as it says it is: that is told by a head that can't be trusted."""
+    row = replace(new_row(), owner="redis")
+    key = session_key(row.session.session_id)
+    torn = encode(row, epoch=EPOCH, lines=[], pending=1)[:-1]
+    await redis.set(key, torn)
+
+    assert await cache.remove(row.session.session_id) is False
+    assert await redis.get(key) == torn
+
+
 async def test_removing_what_is_not_there_is_harmless(cache: Steps, redis: Redis) -> None:
     row = new_row()
 
