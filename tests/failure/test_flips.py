@@ -608,6 +608,33 @@ async def test_a_crash_while_a_session_is_adopted_loses_nothing(
     assert not tally.expired.count
 
 
+async def test_a_row_stays_redis_s_until_its_entry_is_replaced(
+    a: Instance, b: Instance, database: Database, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has not heard of the drain writes to the entry just before that. The next attempt finds its words."""
+    session_id = await session_of(a.store, "1")
+    await a.to("redis-only")
+    await b.hears("redis-only")
+    await b.store.append(new_append(session_id, "2"))
+    b.go_deaf()
+    await a.to("draining")
+    await a.hears("draining")
+    fill, owners = _Watch.fill, list[str | None]()
+
+    async def after_a_write(self: _Watch, *args: Any) -> bool:
+        owners.append(await owner_of(database, session_id))
+        if len(owners) == 1:
+            await b.store.append(new_append(session_id, "3"))
+        return await fill(self, *args)
+
+    monkeypatch.setattr(_Watch, "fill", after_a_write)
+
+    await a.store.append(new_append(session_id, "4"))
+
+    assert owners[:2] == ["redis", "redis"]
+    assert await texts(a.stores.durable, session_id) == ["1", "2", "3", "4"]
+
+
 async def test_between_the_two_steps_of_an_adoption_nobody_writes_past_redis(
     a: Instance, b: Instance, start: Start, redis: Redis, drain: Drain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -835,6 +835,24 @@ async def test_a_row_that_redis_owns_waits_while_redis_is_out(
         await call(store, session_id, "user123")
 
 
+async def test_nothing_is_adopted_from_a_redis_that_is_not_the_epochs(
+    make_hybrid: MakeHybrid,
+    keeper: PostgresStateKeeper,
+    state: CacheState,
+    redis: Redis,
+    durable: PostgresChatSessionStore,
+) -> None:
+    """Nor is half of it: the look at the state comes before the first commit."""
+    store, session_id = make_hybrid().store, new_row().session.session_id
+    await put_redis_owned(redis, session_id, [new_message("a")])
+    await keeper.settle(await keeper.change(state, next_state(state, redis_identity="another/one")))
+
+    with pytest.raises(AdoptionPending):
+        await store.adopt(session_id)
+
+    assert (await durable.lookup(session_id))[0] is None
+
+
 async def test_a_row_that_redis_owns_waits_where_redis_goes_out_before_the_fill(
     hybrid: Hybrid, durable: PostgresChatSessionStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1039,6 +1057,51 @@ async def test_a_write_is_acknowledged_whatever_becomes_of_the_fill_after_it(
     gate.open.set()
 
     assert (await writing).last_seq == 2
+
+
+async def test_a_reader_that_goes_away_takes_the_fill_from_nobody(hybrid: Hybrid, redis: Redis) -> None:
+    session_id, gate = await new_session(hybrid.store, "a"), Gate()
+    await redis.delete(session_key(session_id))
+    hybrid.cache.watch_gates.append(gate)
+    fills = hybrid.counts.cache_fills
+    leaving = asyncio.create_task(texts(hybrid.store, session_id))
+    await gate.reached.wait()
+    staying = asyncio.create_task(hybrid.store._filled(session_id))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    await asyncio.wait([leaving])
+
+    gate.open.set()
+
+    assert (await staying).session.session_id == session_id
+    assert hybrid.counts.cache_fills == fills + 1
+
+
+async def test_a_delete_whose_caller_goes_away_runs_to_its_end_and_is_waited_for_by_a_close(
+    hybrid: Hybrid, durable: PostgresChatSessionStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id, gate, remove = await new_session(hybrid.store, "a"), Gate(), hybrid.cache.remove
+
+    async def gated(*args: Any) -> bool:
+        await gate.passed()
+        return await remove(*args)
+
+    monkeypatch.setattr(hybrid.cache, "remove", gated)
+    deleting = asyncio.create_task(hybrid.store.delete_session(session_id))
+    await gate.reached.wait()
+    deleting.cancel()
+    await asyncio.wait([deleting])
+    closing = asyncio.create_task(hybrid.store.close())
+    for _ in range(20):
+        await asyncio.sleep(0)
+    waits = not closing.done()
+
+    gate.open.set()
+    await closing
+
+    assert waits
+    with pytest.raises(SessionNotFound):
+        await durable.get_session(session_id)
 
 
 async def test_a_fill_that_is_over_is_forgotten(hybrid: Hybrid, redis: Redis) -> None:
