@@ -358,6 +358,28 @@ async def test_what_has_its_name_is_on_disk_and_so_is_its_name(many, database, t
     assert len([what for what, _ in asked if what == "named"]) == 8
 
 
+class Stopped(Exception):
+    """As by Ctrl-C."""
+
+
+async def test_an_export_that_is_made_anew_and_stopped_half_way_is_half_an_export(many, database, tmp_path):
+    out = tmp_path / "out"
+    await export_sessions(database, out, Selection(), kind="jsonl")
+    before = (out / "manifest.json").read_bytes()
+    for path in out.glob("messages/*/*.jsonl"):
+        path.write_bytes(b"spoilt")
+
+    def advance(_count: int) -> None:
+        if (out / "manifest.json").read_bytes() != before:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        await export_sessions(database, out, Selection(), kind="jsonl", advance=advance)
+
+    with pytest.raises(ArchiveRefused, match="half an export"):
+        sources_of([out])
+
+
 def killed_at_its_first_file(out: Path, database_url: str, cwd: Path) -> None:
     with subprocess.Popen(
         command("export", str(out)), env=environment(DATABASE_URL=database_url), cwd=cwd
