@@ -137,10 +137,12 @@ LEFT JOIN LATERAL (
 WHERE s.session_id = $1 ORDER BY m.seq
 """
 
-LOCK_TURN = """
+# Under the session's row lock, which whoever takes or ends a turn holds: it needs no lock of its own. Who gives one up
+# deletes it by his token, which is no longer there once another has taken it.
+TURN = """
 SELECT token, leased_until > clock_timestamp() AS held,
        extract(epoch FROM leased_until - clock_timestamp())::float8 AS left_seconds
-FROM chat.chat_turns WHERE session_id = $1 AND message_id = $2 FOR UPDATE
+FROM chat.chat_turns WHERE session_id = $1 AND message_id = $2
 """
 
 HOLD_TURNS = """

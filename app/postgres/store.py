@@ -635,7 +635,7 @@ async def _replay(
     }
     answer = found.get(append.turn.answer_id)
     if answer is None:
-        held = await conn.fetchrow(statements.LOCK_TURN, append.session_id, first["message_id"])
+        held = await conn.fetchrow(statements.TURN, append.session_id, first["message_id"])
         if held is not None and held["held"]:
             raise TurnInProgress(retry_after_seconds=max(1.0, held["left_seconds"]))
         await _hold_turns(conn, [append])
