@@ -214,6 +214,16 @@ def test_a_value_that_is_not_whole_is_none_or_waits_for_a_person(name: str) -> N
     assert decode(of_redis, UUID(int=7)) is None
 
 
+@pytest.mark.parametrize("max_messages", [2, 3])
+def test_a_page_out_of_lines_that_were_not_counted_is_none_where_one_is_missing(max_messages: int) -> None:
+    """The newest two begin with the wrong one, all three are too few; the newest one is there."""
+    entry = decode(torn("postgres")["a line is missing between two"], SESSION_ID, counts=False)
+
+    assert isinstance(entry, Entry)
+    assert entry.newest(max_messages, None) is None
+    assert entry.newest(1, None) is not None
+
+
 def test_no_changed_byte_makes_decoding_raise() -> None:
     value = golden()
 
