@@ -726,6 +726,25 @@ async def test_a_session_that_fails_once_is_no_conflict(
         assert await texts(hybrid, session_id) == ["a"]
 
 
+async def test_a_drain_that_ends_after_somebody_has_changed_the_mode_leaves_it(
+    settings: Settings, redis: Redis
+) -> None:
+    async with open_stores(settings) as stores, open_redis(settings) as bounded:
+        backfill = backfill_of(stores, bounded)
+        rows = backfill._rows
+
+        async def rows_and_a_change(*args: Any) -> int:
+            found = await rows(*args)
+            await set_mode(stores.keeper, stores.heartbeat, stores.lease, "redis-only")
+            return found
+
+        backfill._rows = rows_and_a_change
+        with pytest.raises(ModeRefused, match="somebody else has changed the mode to redis-only"):
+            await backfill.drain()
+
+        assert (await stores.keeper.read()).mode == "redis-only"
+
+
 async def test_what_appears_behind_a_walk_is_found_by_the_next(settings: Settings, redis: Redis) -> None:
     """Only a walk that found nothing was the last one."""
     first = await put_guides(redis, "a")
