@@ -15,6 +15,7 @@ What Redis-only mode costs is in `docs/redis-only.md`: a row owned by Redis whos
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from secrets import token_hex
 from typing import Literal, TypeVar
@@ -32,7 +33,7 @@ from app.coherence.ports import (
     RowBusy,
     refuse_other_protocols,
 )
-from app.errors import DurableStoreUnavailable, RedisUnavailable, SessionNotFound
+from app.errors import AdoptionPending, DurableStoreUnavailable, RedisUnavailable, SessionNotFound
 from app.redis_sessions.store import RedisChatSessionStore
 from app.store import Append, Appended, Cursor, History, SessionPage, SessionRead, StoreHealth, Turn
 
@@ -136,6 +137,10 @@ class RedisOnlyChatSessionStore:
         except SessionNotFound:
             # One without a row: from before there was a database, or left by a delete that failed half way.
             return await self._redis.delete_session(session_id, user_id=user_id)
+        if row.owner == "redis":
+            # The row is as old as the hand-over. What is not to be read as an entry goes all the same.
+            with suppress(SessionNotFound, AdoptionPending):
+                return await self._redis.delete_session(session_id)
         await self._redis.unlink(session_id)
         return row.session
 

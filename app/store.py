@@ -1,10 +1,10 @@
 """The contract that every store of chat sessions keeps.
 
 Three stores keep it: `HybridChatSessionStore` (Redis in front of PostgreSQL), `RedisChatSessionStore`
-(Redis is the source of truth), `PostgresChatSessionStore` (no Redis at all). One suite of tests runs
-against all three on real servers, so a caller never needs to know which one it holds. Two more are made of
-them: `RedisOnlyChatSessionStore` (Redis is the source of truth, rows in PostgreSQL beside it), and
-`LiveChatSessionStore`, which is the one that the mode of the moment asks for.
+(Redis is the source of truth), `PostgresChatSessionStore` (no Redis at all). Two more are made of them:
+`RedisOnlyChatSessionStore` (Redis is the source of truth, rows in PostgreSQL beside it), and
+`LiveChatSessionStore`, which is the one that the mode of the moment asks for. One suite of tests runs against
+all of them on real servers, so a caller never needs to know which one it holds.
 
 Guarantees that hold for each method:
 
