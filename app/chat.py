@@ -29,6 +29,8 @@ CHAIN_START = bytes(8)
 LEGACY_MONTH = date(1, 1, 1)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_FIRST_MOMENT = datetime(2000, 1, 1, tzinfo=UTC)
+_AHEAD_MAX = timedelta(days=1)
 # The last millisecond that Python's calendar (and so asyncpg) can express: the end of the year 9999.
 _CALENDAR_END_MS = 253_402_300_800_000
 
@@ -171,6 +173,11 @@ def cut_to_milliseconds(moment: datetime) -> datetime:
     """The moment in UTC without its microseconds below one millisecond."""
     moment = moment.astimezone(UTC)
     return moment.replace(microsecond=moment.microsecond // 1000 * 1000)
+
+
+def is_plausible(moment: datetime) -> bool:
+    """Whether a message can be of this moment: no chat of ours was had before 2000, and a clock is at most a day ahead."""
+    return _FIRST_MOMENT <= moment <= datetime.now(UTC) + _AHEAD_MAX
 
 
 def milliseconds_of(moment: datetime) -> int:

@@ -15,10 +15,11 @@ from fastapi.dependencies.models import Dependant
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from starlette.requests import ClientDisconnect
 
-from app.api import strict_json
-from app.api.problems import RequestRefused, refused_field, validation_failed
+from app import strict_json
+from app.api.problems import RequestRefused, refused_field, refused_fields, validation_failed
 from app.chat import from_milliseconds, milliseconds_of
 from app.store import Cursor
+from app.strict_json import NotStorable
 from app.wiring import Runtime
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -221,7 +222,18 @@ class Body(Generic[_Model]):
 
 def parsed_body(model: type[_Model], body: bytes) -> Body[_Model]:
     """The body as it was read. Raises `RequestRefused` that names each field that is wrong."""
-    sent = strict_json.parse(body)
+    try:
+        sent = strict_json.parse(body)
+    except NotStorable as exc:
+        flaws = [
+            {
+                "path": "body" if flaw.path is None else f"body.{flaw.path}",
+                "code": flaw.code,
+                "detail": flaw.detail,
+            }
+            for flaw in exc.flaws
+        ]
+        raise refused_fields(flaws[0]["code"], flaws) from exc
     try:
         return Body(model.model_validate(sent), sent)
     except ValidationError as exc:

@@ -1,21 +1,17 @@
 """What is sent and answered. The only pydantic models besides the settings."""
 
 import re
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictStr
 
 from app.analytics.reports import Granularity
-from app.chat import ChatSession, Role, format_time
+from app.chat import ChatSession, Role, format_time, is_plausible
 from app.store import SessionPage
 
 _ID = "01998f2e-5b7c-7d3a-9f10-2b6d4c8e1a55"
 _TIME = "2025-11-14T10:30:00.123Z"
-
-#: Before it no chat of ours was had; a client's clock that says so is wrong.
-TIMESTAMP_FIRST = datetime(2000, 1, 1, tzinfo=UTC)
-TIMESTAMP_AHEAD_MAX = timedelta(days=1)
 
 
 def _plausible(moment: datetime) -> datetime:
@@ -23,7 +19,7 @@ def _plausible(moment: datetime) -> datetime:
         utc = moment.astimezone(UTC)
     except OverflowError as exc:
         raise ValueError("is beyond the calendar") from exc
-    if not TIMESTAMP_FIRST <= utc <= datetime.now(UTC) + TIMESTAMP_AHEAD_MAX:
+    if not is_plausible(utc):
         raise ValueError("should lie between the year 2000 and a day ahead")
     return utc
 

@@ -9,8 +9,8 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import JSONResponse
 
+from app import strict_json
 from app.analytics import search as searching
-from app.api import strict_json
 from app.api.moments import MOMENT
 from app.api.problems import no_archive, refused_field
 from app.api.requests import WHOLE_NUMBER, OnlyUser, Served, known_query, readable_query

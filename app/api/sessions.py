@@ -9,7 +9,7 @@ from uuid import UUID
 from fastapi import APIRouter, Depends, Path, Query, Response
 from fastapi.responses import JSONResponse
 
-from app.api import strict_json
+from app import strict_json
 from app.api.answers import JsonBytes, history_body, history_headers, truth
 from app.api.problems import refused_field
 from app.api.requests import (

@@ -12,9 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 from uuid import UUID
 
-from app.api import strict_json
-from app.api.problems import RequestRefused
-from app.api.schemas import TIMESTAMP_AHEAD_MAX, TIMESTAMP_FIRST
+from app import strict_json
 from app.archive import parquet
 from app.chat import (
     CHAIN_START,
@@ -22,12 +20,14 @@ from app.chat import (
     ChatSession,
     NewMessage,
     cut_to_milliseconds,
+    is_plausible,
     json_text,
     next_chain,
 )
 from app.coherence.ports import Entry, GuideEntry, Piece
 from app.errors import ArchiveRefused
 from app.redis_sessions.codec import decode
+from app.strict_json import NotStorable
 
 #: A piece of a session that is longer: it is taken over in several, one after the other.
 _PIECE_MESSAGES_MAX = 1000
@@ -246,8 +246,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 def _strict(text: bytes) -> Any:
     try:
         return strict_json.parse(text)
-    except RequestRefused as exc:
-        raise _Flawed(str(exc).removeprefix("body: ").replace("body.", "")) from exc
+    except NotStorable as exc:
+        raise _Flawed(str(exc)) from exc
 
 
 # Values
@@ -292,7 +292,7 @@ def _time(fields: Mapping[str, Any], name: str) -> datetime:
         raise _Flawed(
             f"{name}: should be a time such as 2025-11-14T10:30:00.123Z, is {_shown(value)}"
         ) from exc
-    if not TIMESTAMP_FIRST <= moment <= datetime.now(UTC) + TIMESTAMP_AHEAD_MAX:
+    if not is_plausible(moment):
         raise _Flawed(f"{name}: should lie between the year 2000 and a day ahead, is {_shown(value)}")
     return moment
 
