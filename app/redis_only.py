@@ -138,8 +138,9 @@ class RedisOnlyChatSessionStore:
             # One without a row: from before there was a database, or left by a delete that failed half way.
             return await self._redis.delete_session(session_id, user_id=user_id)
         if row.owner == "redis":
-            # The row is as old as the hand-over. What is not to be read as an entry goes all the same.
-            with suppress(SessionNotFound, AdoptionPending):
+            # The row is as old as the hand-over. And one that comes after it has no row to delete: of both, Redis says
+            # which has found the session. What is not to be read as an entry goes all the same.
+            with suppress(AdoptionPending):
                 return await self._redis.delete_session(session_id)
         await self._redis.unlink(session_id)
         return row.session

@@ -18,6 +18,7 @@ import pytest
 from redis.asyncio import Redis
 
 from app import wiring
+from app.chat import ChatSession
 from app.coherence.lease import Lease
 from app.coherence.ports import EPOCH_ZERO, CacheOutage, Mode, ModeChanged
 from app.errors import (
@@ -329,6 +330,26 @@ async def test_without_postgresql_redis_only_mode_reads_and_writes_what_redis_ha
 
 
 # To hybrid
+
+
+async def test_of_two_deletes_in_redis_only_mode_one_finds_the_session(
+    a: Instance, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await a.to("redis-only")
+    session_id = await session_of(a.store, "1")
+    redis = a.redis_only._redis
+    others: list[ChatSession] = []
+
+    async def delete_after_another(*arguments: Any, **asked: Any) -> ChatSession:
+        monkeypatch.undo()
+        others.append(await a.store.delete_session(session_id))
+        return await redis.delete_session(*arguments, **asked)
+
+    monkeypatch.setattr(redis, "delete_session", delete_after_another)
+
+    with pytest.raises(SessionNotFound):
+        await a.store.delete_session(session_id)
+    assert [one.message_count for one in others] == [1]
 
 
 async def test_who_has_not_heard_of_the_end_of_redis_only_mode_makes_no_session_that_redis_owns(
