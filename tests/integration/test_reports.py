@@ -690,7 +690,9 @@ async def test_of_users_who_came_back_few_rows_are_read_however_many_there_are(d
             UNION ALL
             SELECT 'week', date '2026-03-02' + 7 * week, gap, 1 FROM generate_series(0, 7) AS week, generate_series(1, 50) AS gap;
             SET LOCAL enable_seqscan = off;
-            SET LOCAL enable_bitmapscan = off
+            SET LOCAL enable_bitmapscan = off;
+            -- The function's, made on this connection for tables of a few rows.
+            DISCARD PLANS
             """
         )
         read = "SELECT idx_scan, idx_tup_fetch FROM pg_stat_xact_user_tables WHERE relname = 'rollup_visits'"

@@ -153,7 +153,7 @@ COSTS: dict[str, dict[str, Cost]] = {
     "delete": {
         **hybrid(["remove"], DELETE),
         "redis": (["delete", "ZREM"], []),
-        "redis over a database": (["EXISTS", "UNLINK"], DELETE),
+        "redis over a database": (["EXISTS", "delete", "ZREM"], DELETE),
         "postgres": ([], DELETE),
     },
     # Reads. A trusted hit: one command, and nothing of PostgreSQL.
