@@ -745,6 +745,27 @@ async def test_sessions_are_adopted_from_a_redis_that_is_full(
     assert await texts(a.stores.durable, session_id) == ["1", "2"]
 
 
+async def test_a_walk_through_a_redis_that_another_one_took_the_place_of_ends_no_drain(
+    a: Instance, redis: Redis, drain: Drain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session_id = uuid4()
+    await a.to("redis-only")
+    await redis.set(session_key(session_id), guide_value(session_id, "1"), ex=1000)
+
+    async def nothing_and_then_another_redis(_: object) -> AsyncIterator[list[object]]:
+        monkeypatch.undo()
+        await redis.execute_command("REPLICAOF", "127.0.0.1", "1")
+        await redis.execute_command("REPLICAOF", "NO", "ONE")
+        for batch in ():
+            yield batch
+
+    monkeypatch.setattr(backfill_module, "scan_sessions", nothing_and_then_another_redis)
+    tally = await drain(a)
+
+    assert tally.sessions_adopted == 1
+    assert await texts(a.stores.durable, session_id) == ["1"]
+
+
 async def test_a_torn_entry_that_redis_owns_is_not_overwritten(
     a: Instance, redis: Redis, drain: Drain
 ) -> None:
