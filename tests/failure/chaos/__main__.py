@@ -105,7 +105,7 @@ def told(outcome: Outcome, failed: list[str]) -> list[str]:
         lines.append(
             f"flips: {summary['flips']}, {summary['flips_failed']} failed; failed reads: {summary['failed_reads']}"
         )
-        lines += [f"  {line[:300]}" for line in sorted(set(outcome.record.flips_failed))[:3]]
+        lines += [f"  ... {line[-300:]}" for line in sorted(set(outcome.record.flips_failed))[:3]]
     shown: Counter[str] = Counter()
     for line in failed:
         kind = line.partition(":")[0]
