@@ -12,12 +12,11 @@ JSON string, so a script finds the borders by a plain search. A line that fell o
 """
 
 import json
-import struct
+import re
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import MAXYEAR, MINYEAR, UTC, datetime
-from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 from uuid import UUID, uuid5
 
@@ -86,14 +85,19 @@ PENDING_MAX = 10 ** FIELDS["pending"][1] - 1
 #: bytes when each is escaped.
 HEAD_BYTES_MAX = USER_ID_OFFSET + 2048
 
-#: The fixed part as one record: fields and the text between them, in their order.
-_HEAD = struct.Struct("".join(f"{len(part) if isinstance(part, str) else part[1]}s" for part in _LAYOUT))
-_BETWEEN = tuple((index, part.encode()) for index, part in enumerate(_LAYOUT) if isinstance(part, str))
-_NAMES = tuple(part if isinstance(part, str) else part[0] for part in _LAYOUT)
+#: A head as a whole: fields of their widths, the text between them, and the user id, which is JSON. One look by the
+#: regular expressions' C takes a third of the same look in Python.
+_HEAD = re.compile(
+    b"".join(re.escape(part.encode()) if isinstance(part, str) else b"(.{%d})" % part[1] for part in _LAYOUT)
+    # Most are what stands between their two quotes.
+    + b'(?:"([^"\\\\\n]*)"|([^\n]*))'
+    + re.escape(_BEFORE_MESSAGES),
+    re.DOTALL,
+)
 
 
 class _Head(NamedTuple):
-    """The fields of a head, as bytes."""
+    """The fields of a head, as bytes, in the order of `_LAYOUT`. The user id stands in one of the last two."""
 
     version: bytes
     owner: bytes
@@ -107,19 +111,14 @@ class _Head(NamedTuple):
     session_id: bytes
     created_at: bytes
     last_activity: bytes
-
-
-_FIELD_INDEXES = itemgetter(*(_NAMES.index(name) for name in _Head._fields))
+    user_id: bytes | None
+    user_id_json: bytes | None
 
 
 def _head(value: bytes) -> _Head | None:
-    if len(value) < _HEAD.size:
-        return None
-    parts = _HEAD.unpack_from(value)
-    for index, text in _BETWEEN:
-        if parts[index] != text:
-            return None
-    return _Head._make(_FIELD_INDEXES(parts))
+    """The head that a value begins with; None where it does not begin with a whole one."""
+    match = _HEAD.match(value)
+    return _Head._make(match.groups()) if match is not None else None
 
 
 def lua_offsets() -> str:
@@ -184,28 +183,20 @@ def decode_head(value: bytes, session_id: UUID) -> ChatSession | None:
     if (head := _head(value)) is None or head.session_id != str(session_id).encode():
         return None
     try:
-        return _session(head, session_id, value[USER_ID_OFFSET : value.index(b"\n")])
+        return _session(head, session_id)
     except (ValueError, OverflowError):
         return None
 
 
-def _session(head: _Head, session_id: UUID, rest_of_head: bytes) -> ChatSession:
+def _session(head: _Head, session_id: UUID) -> ChatSession:
     return ChatSession(
         session_id=session_id,
-        user_id=_json_string(rest_of_head.removesuffix(_BEFORE_MESSAGES.rstrip(b"\n"))),
+        user_id=head.user_id.decode() if head.user_id is not None else json.loads(head.user_id_json or b""),
         created_at=parse_time(head.created_at.decode()),
         last_activity=parse_time(head.last_activity.decode()),
         message_count=int(head.seq),
         first_available_seq=int(head.first_seq) if head.owner == b"r" else 1,
     )
-
-
-def _json_string(text: bytes) -> str:
-    """Most are what stands between their two quotes."""
-    if text[:1] == text[-1:] == b'"' and text.count(b'"') == 2 and b"\\" not in text:  # noqa: PLR2004 - the two
-        return text[1:-1].decode()
-    value: str = json.loads(text)
-    return value
 
 
 def _decode_entry(value: bytes, session_id: UUID) -> Entry | None:
@@ -216,7 +207,7 @@ def _decode_entry(value: bytes, session_id: UUID) -> Entry | None:
     # As a number: a UUID takes longer to write than to read.
     if int(head.session_id.replace(b"-", b""), 16) != session_id.int:
         return None
-    session = _session(head, session_id, value[USER_ID_OFFSET : value.index(b"\n")])
+    session = _session(head, session_id)
     first_seq, first_offset = int(head.first_seq), int(head.first_offset)
     body = value[first_offset : -len(_END)]
     # A torn or hand-edited value is no session: its head and its lines must agree.
