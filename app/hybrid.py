@@ -791,7 +791,7 @@ class _Adoption:
         self.adopted = adopted or self.adopted
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class _View:
     """A session as a read found it. `entry` is its window, wherever that was read from; None: not read."""
 
