@@ -88,6 +88,10 @@ class EmbeddedServers:
     redis_cli_command: str | None
 
 
+#: PostgreSQL's own default.
+SHARED_BUFFERS = "128MB"
+
+
 @contextmanager
 def embedded_servers(
     data_dir: Path,
@@ -97,6 +101,7 @@ def embedded_servers(
     durable: bool = True,
     postgres_port: int = 5432,
     redis_port: int = 6379,
+    shared_buffers: str = SHARED_BUFFERS,
 ) -> Iterator[EmbeddedServers]:
     """Both servers on their data in `data_dir`, answering from the first line of the body to its last.
 
@@ -119,7 +124,8 @@ def embedded_servers(
                 valkey.start()
                 stack.callback(valkey.stop)
             if postgres:  # makes its cluster while Valkey starts
-                cluster = _postgres(_launcher("postgres", home, locks), postgres_port, durable=durable)
+                launcher = _launcher("postgres", home, locks)
+                cluster = _postgres(launcher, postgres_port, durable=durable, shared_buffers=shared_buffers)
                 cluster.start()
                 stack.callback(cluster.stop)
             servers = _describe(cluster, valkey)
@@ -494,7 +500,9 @@ def _free_port(preferred: int) -> int:
     )
 
 
-def _postgres(launcher: _Launcher, port: int, *, durable: bool) -> _Server:
+def _postgres(
+    launcher: _Launcher, port: int, *, durable: bool, shared_buffers: str = SHARED_BUFFERS
+) -> _Server:
     programs, shown = launcher.version(_find_postgres())
     version = re.search(r"\d+(\.\d+)*", shown)
     if version is None:
@@ -510,7 +518,8 @@ def _postgres(launcher: _Launcher, port: int, *, durable: bool) -> _Server:
         )
     settings = [
         *(f"listen_addresses={_LOOPBACK}", "unix_socket_directories=", "timezone=UTC"),
-        *("max_connections=100", "shared_buffers=128MB"),  # the defaults: pages never used cost nothing
+        # Said, or initdb would choose less where little is free: pages never used cost nothing.
+        *("max_connections=100", f"shared_buffers={shared_buffers}"),
         "lc_messages=C",  # wait_until_ready reads them
         *([] if durable else ["fsync=off", "synchronous_commit=off", "full_page_writes=off"]),
     ]

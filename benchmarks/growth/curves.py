@@ -1,6 +1,7 @@
 """How the hybrid store's calls behave as everything around them grows, on real servers with fsync on.
 
     python -m benchmarks.growth.curves [--data-dir DIR] [--up-to N] [--only NAME ...] [--json FILE] [--plots DIR]
+                                       [--shared-buffers SIZE]
 
 Along each axis the points take turns, call by call in a drawn order, in one process and on one server: archives
 of different sizes are databases beside each other. A ratio is one of medians within a round; the median, the least
@@ -27,11 +28,11 @@ from uuid import UUID
 import uvloop
 
 from app.chat import utc_now
-from app.embedded import EmbeddedServers
+from app.embedded import SHARED_BUFFERS, EmbeddedServers
 from app.postgres.engine import Database, create_engine
 from app.postgres.partitions import make_partitions, months_from
 from benchmarks.growth.archive import Section, sections_of_user
-from benchmarks.growth.databases import archive_of, fresh_database, served
+from benchmarks.growth.databases import archive_of, fresh_database, load_into_buffers, served
 from benchmarks.growth.fill import MESSAGES, connected, fill
 from benchmarks.growth.plots import svg_of
 from benchmarks.growth.series import (
@@ -385,9 +386,17 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write a plot of each axis there, as SVG")
+    parser.add_argument(
+        "--shared-buffers",
+        metavar="SIZE",
+        help="PostgreSQL's, as 10GB, with the archives loaded into them first; default: 128MB, and nothing loaded",
+    )
     wanted = parser.parse_args()
     began = time.monotonic()
-    with folder_of(wanted.data_dir) as folder, served(folder) as servers:
+    with (
+        folder_of(wanted.data_dir) as folder,
+        served(folder, shared_buffers=wanted.shared_buffers or SHARED_BUFFERS) as servers,
+    ):
         assert servers.database_url is not None
         assert servers.redis_url is not None
         sizes = [size for size in ARCHIVES if size <= wanted.up_to] if "archives" in wanted.only else []
@@ -398,6 +407,9 @@ def main() -> int:
             pace=_pace(wanted.rounds),
         )
         fill(given.scratch, scratch_sections())
+        if wanted.shared_buffers:
+            for url in given.archives.values():
+                asyncio.run(load_into_buffers(url))
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             known, results = runner.run(measure(servers, given, wanted.only))
     print(f"\n{table([('measure', 'got', 'goal'), *(one.row() for one in results.measures)])}")

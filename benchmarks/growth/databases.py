@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from app.embedded import EmbeddedServers, embedded_servers
+from app.embedded import SHARED_BUFFERS, EmbeddedServers, embedded_servers
 from app.postgres.schema import upgrade
 from benchmarks.growth.archive import Plan, sections_of
 from benchmarks.growth.fill import MESSAGES, MESSAGES_OF_SESSION, connected, fill, midnight
@@ -21,9 +21,9 @@ SEED = 1
 
 
 @contextmanager
-def served(data_dir: Path) -> Iterator[EmbeddedServers]:
+def served(data_dir: Path, *, shared_buffers: str = SHARED_BUFFERS) -> Iterator[EmbeddedServers]:
     """Durable servers on ports that are free."""
-    with embedded_servers(data_dir, postgres_port=0, redis_port=0) as servers:
+    with embedded_servers(data_dir, postgres_port=0, redis_port=0, shared_buffers=shared_buffers) as servers:
         yield servers
 
 
@@ -49,6 +49,13 @@ def fresh_database(server_url: str, name: str) -> str:
     asyncio.run(_execute(server_url, f'CREATE DATABASE "{name}" TEMPLATE template0'))
     upgrade(url)
     return url
+
+
+async def load_into_buffers(url: str) -> None:
+    """All tables and indexes of a database, as they come to be in the buffers of a server that has run for long."""
+    async with connected(url) as conn:
+        await conn.execute("CREATE EXTENSION IF NOT EXISTS pg_prewarm")
+        await conn.execute("SELECT pg_prewarm(oid) FROM pg_class WHERE relkind IN ('r', 'i', 't')")
 
 
 def url_of(server_url: str, name: str) -> str:
