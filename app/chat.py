@@ -29,6 +29,7 @@ CHAIN_START = bytes(8)
 LEGACY_MONTH = date(1, 1, 1)
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_DAY_MS = 86_400_000
 _FIRST_MOMENT = datetime(2000, 1, 1, tzinfo=UTC)
 _AHEAD_MAX = timedelta(days=1)
 # The last millisecond that Python's calendar (and so asyncpg) can express: the end of the year 9999.
@@ -216,7 +217,13 @@ def session_month(session_id: UUID) -> date:
     milliseconds = session_id.int >> 80
     if session_id.version != 7 or milliseconds >= _CALENDAR_END_MS:  # noqa: PLR2004 - the version's number
         return LEGACY_MONTH
-    return (_EPOCH + timedelta(milliseconds=milliseconds)).date().replace(day=1)
+    return _month_of(milliseconds // _DAY_MS)
+
+
+@lru_cache(maxsize=1024)
+def _month_of(day: int) -> date:
+    """The first of the month of a day counted from 1970."""
+    return (_EPOCH + timedelta(days=day)).date().replace(day=1)
 
 
 def next_chain(chain: bytes, message_ids: Sequence[UUID]) -> bytes:
