@@ -198,6 +198,7 @@ def torn(owner: Owner) -> dict[str, bytes]:
     return {
         "begins within a line": spliced(whole, first_offset=str(whole.index(b"\n") + 5)),
         "of a version that is not known": spliced(whole, version="2"),
+        "another word between two fields": whole.replace(b'"created_at"', b'"created_on"', 1),
         "the lines of other messages": encode(row, epoch=EPOCH, lines=lines[:2]),
         "a line is missing between two": spliced(encode(row, epoch=EPOCH, lines=lines[::2]), first_seq="1"),
     }
@@ -222,6 +223,17 @@ def test_a_page_out_of_lines_that_were_not_counted_is_none_where_one_is_missing(
     assert isinstance(entry, Entry)
     assert entry.newest(max_messages, None) is None
     assert entry.newest(1, None) is not None
+
+
+def test_a_page_out_of_lines_that_were_not_counted_is_none_where_another_ends_it() -> None:
+    """Of messages 1, 2, 3, 5, 5: below 5 the newest three begin with 2, and end with what is not 4."""
+    lines = [new_message(str(seq)).line(seq) for seq in (1, 2, 3, 5, 5)]
+    row = new_row(SESSION_ID, message_count=5)
+    entry = decode(encode(row, epoch=EPOCH, lines=lines), SESSION_ID, counts=False)
+
+    assert isinstance(entry, Entry)
+    assert entry.newest(3, 5) is None
+    assert entry.newest(2, 4) is not None
 
 
 def test_no_changed_byte_makes_decoding_raise() -> None:
