@@ -1451,11 +1451,11 @@ async def test_of_many_connections_few_are_kept_at_hand(servers: Servers) -> Non
 
 async def test_a_queue_for_connections_is_no_outage(servers: Servers) -> None:
     bounded = BoundedRedis(
-        create_redis(servers.redis_url, database=1, timeout_seconds=0.2), timeout_seconds=0.2
+        create_redis(servers.redis_url, database=1, timeout_seconds=0.8), timeout_seconds=0.8
     )
-    # In turns of 80 ms each: the last of them wait three times as long as Redis may take.
-    replies = await asyncio.gather(*(bounded.commands([("BLPOP", "nothing", "0.08")]) for _ in range(128)))
-    assert replies == [[None]] * 128
+    # In four turns: the last of them wait half as long again as Redis may take. A turn may take twice its time.
+    replies = await asyncio.gather(*(bounded.commands([("BLPOP", "nothing", "0.4")]) for _ in range(64)))
+    assert replies == [[None]] * 64
     await bounded.redis.aclose()
 
 
