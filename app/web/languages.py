@@ -15,6 +15,7 @@ COOKIE = "lang"
 
 _KIB = 1024
 _TENTHS_SHOWN_BELOW = 10
+_SECOND_MS = 1000
 _SECONDS_SHOWN_MAX = 120
 _MINUTES_SHOWN_MAX = 120
 _HOURS_SHOWN_MAX = 48
@@ -65,6 +66,10 @@ class Language:
         return f"{self.number(amount, 0 if units[0] == 'B' else 1)} {units[0]}"
 
     def duration(self, seconds: float) -> str:
+        """In the unit that is read at once. What took no time at all is 0 s, and nothing else is."""
+        milliseconds = round(seconds * 1000)
+        if seconds > 0 and milliseconds < _SECOND_MS:
+            return f"{max(1, milliseconds)} ms"
         if seconds < _SECONDS_SHOWN_MAX:
             digits = 1 if 0 < seconds < _TENTHS_SHOWN_BELOW else 0
             return self.text("unit.seconds", value=self.number(seconds, digits))

@@ -296,7 +296,7 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "sessions.deleted": ("Deleted for good:", "Đã xoá vĩnh viễn:"),
     "sessions.words": ("Words in messages", "Từ trong tin nhắn"),
-    "sessions.words.example": ("dieu kien, with or without accents", "dieu kien, có dấu hoặc không dấu"),
+    "sessions.words.example": ("dieu kien, điều kiện", "dieu kien, điều kiện"),
     "sessions.user": ("User", "Người dùng"),
     "sessions.from": ("From", "Từ ngày"),
     "sessions.to": ("Until (exclusive)", "Đến trước ngày"),

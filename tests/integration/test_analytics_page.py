@@ -193,3 +193,20 @@ def test_a_week_in_which_nobody_came_back_is_0_and_one_that_has_not_begun_is_not
 def test_a_number_in_a_cell_is_short(value, shown):
     assert Language("en").short(value) == shown
     assert Language("vi").short(value) == shown.replace(".", ",")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0 s"),
+        (0.0001, "1 ms"),
+        (0.035, "35 ms"),
+        (0.9994, "999 ms"),
+        (0.9996, "1.0 s"),
+        (3.5, "3.5 s"),
+        (90, "90 s"),
+        (600, "10 min"),
+    ],
+)
+def test_a_duration_has_the_unit_that_is_read_at_once(seconds, shown):
+    assert Language("en").duration(seconds) == shown

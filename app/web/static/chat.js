@@ -115,9 +115,14 @@
     };
   }
 
+  function duration(milliseconds) {
+    if (milliseconds < 1000) return `${Math.max(1, Math.round(milliseconds))} ms`;
+    return `${new Intl.NumberFormat(document.documentElement.lang, { maximumFractionDigits: 1 }).format(milliseconds / 1000)} s`;
+  }
+
   function show(message, answer) {
     message.querySelector(".message-text").textContent = answer.assistant_response;
-    message.querySelector(".message-facts").textContent = words.took.replace("{time}", `${answer.processing_time_ms} ms`);
+    message.querySelector(".message-facts").textContent = words.took.replace("{time}", duration(answer.processing_time_ms));
     if (!answer.sources.length) return;
     const sources = message.querySelector(".sources");
     sources.hidden = false;
