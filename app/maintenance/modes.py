@@ -106,7 +106,7 @@ async def settle_mode(
     """
     state = await keeper.read()
     if redis is None:
-        if state.mode != "hybrid" or redis_only:
+        if state.mode != "hybrid":
             raise StartRefused(
                 f"ENABLE_REDIS_SESSIONS=false, but this database is in mode {state.mode}",
                 hint="set ENABLE_REDIS_SESSIONS=true",

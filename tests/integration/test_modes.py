@@ -745,6 +745,14 @@ async def test_a_drain_that_ends_after_somebody_has_changed_the_mode_leaves_it(
         assert (await stores.keeper.read()).mode == "redis-only"
 
 
+async def test_a_change_of_the_mode_ends_when_no_lease_on_what_was_before_is_left(settings: Settings) -> None:
+    async with open_stores(settings) as stores:
+        await set_mode(stores.keeper, stores.heartbeat, stores.lease, "redis-only")
+
+        state = await stores.keeper.read()
+        assert (state.mode, state.settled) == ("redis-only", True)
+
+
 async def test_what_appears_behind_a_walk_is_found_by_the_next(settings: Settings, redis: Redis) -> None:
     """Only a walk that found nothing was the last one."""
     first = await put_guides(redis, "a")

@@ -11,10 +11,11 @@ from app.chat import new_uuid, utc_now
 from app.errors import StartRefused
 from app.postgres.cache_state import GONE_AFTER_SECONDS
 from app.postgres.partitions import MONTHS_AHEAD, existing_partitions, months_from, partition_name
+from app.redis_sessions.keys import session_key
 from app.wiring import open_runtime
 from tests.contract.suite import new_session, texts
 from tests.databases import empty, migrate, new_database
-from tests.factories import new_append
+from tests.factories import guide_value, new_append
 
 pytestmark = pytest.mark.anyio
 
@@ -203,6 +204,20 @@ async def test_a_redis_that_evicts_sessions_does_not_become_the_only_truth_by_a_
 
     assert message.startswith("REDIS_ONLY_MODE=true: maxmemory-policy is volatile-ttl: ")
     assert "--accept-eviction" in message
+    assert await mode_row(fresh) == "hybrid"
+
+
+async def test_a_redis_with_sessions_that_postgres_lacks_does_not_become_the_only_truth_by_a_flag(
+    settings, fresh, evicts_nothing, redis
+):
+    await served_mode(settings)
+    session_id = new_uuid()
+    await redis.set(session_key(session_id), guide_value(session_id, "a"), ex=1000)
+
+    message = await refused(settings, redis_only_mode=True)
+
+    assert "PostgreSQL is still taking sessions over" in message
+    assert "chat-sessions mode redis-only" in message
     assert await mode_row(fresh) == "hybrid"
 
 
