@@ -1450,12 +1450,10 @@ async def test_of_many_connections_few_are_kept_at_hand(servers: Servers) -> Non
 
 
 async def test_a_queue_for_connections_is_no_outage(servers: Servers) -> None:
-    bounded = BoundedRedis(
-        create_redis(servers.redis_url, database=1, timeout_seconds=0.8), timeout_seconds=0.8
-    )
-    # In four turns: the last of them wait half as long again as Redis may take. A turn may take twice its time.
-    replies = await asyncio.gather(*(bounded.commands([("BLPOP", "nothing", "0.4")]) for _ in range(64)))
-    assert replies == [[None]] * 64
+    bounded = BoundedRedis(create_redis(servers.redis_url, database=1, timeout_seconds=1), timeout_seconds=1)
+    # In twenty turns: the last of them wait at least twice as long as Redis may take for one.
+    replies = await asyncio.gather(*(bounded.commands([("BLPOP", "nothing", "0.1")]) for _ in range(320)))
+    assert replies == [[None]] * 320
     await bounded.redis.aclose()
 
 
