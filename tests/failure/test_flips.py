@@ -629,10 +629,8 @@ async def test_a_crash_while_a_session_is_adopted_loses_nothing(
     assert not tally.expired.count
 
 
-async def test_a_row_stays_redis_s_until_its_entry_is_replaced(
-    a: Instance, b: Instance, database: Database, redis: Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One that has not heard of the drain writes to the entry just before that. The next attempt finds its words."""
+async def written_before_a_deaf_drain(a: Instance, b: Instance) -> UUID:
+    """A session of "1" and "2" that Redis owns, while `a` drains and `b` has not heard of it."""
     session_id = await session_of(a.store, "1")
     await a.to("redis-only")
     await b.hears("redis-only")
@@ -640,6 +638,14 @@ async def test_a_row_stays_redis_s_until_its_entry_is_replaced(
     b.go_deaf()
     await a.to("draining")
     await a.hears("draining")
+    return session_id
+
+
+async def test_a_row_stays_redis_s_until_its_entry_is_replaced(
+    a: Instance, b: Instance, database: Database, redis: Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that has not heard of the drain writes to the entry just before that. The next attempt finds its words."""
+    session_id = await written_before_a_deaf_drain(a, b)
     fill, owners = _Watch.fill, list[str | None]()
 
     async def after_a_write(self: _Watch, *args: Any) -> bool:
@@ -660,13 +666,7 @@ async def test_between_the_two_steps_of_an_adoption_nobody_writes_past_redis(
     a: Instance, b: Instance, start: Start, redis: Redis, drain: Drain, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The entry is still Redis's, and one that has not heard of the change writes to it: so nobody else may."""
-    session_id = await session_of(a.store, "1")
-    await a.to("redis-only")
-    await b.hears("redis-only")
-    await b.store.append(new_append(session_id, "2"))
-    b.go_deaf()
-    await a.to("draining")
-    await a.hears("draining")
+    session_id = await written_before_a_deaf_drain(a, b)
     dies(monkeypatch, _Watch, "fill", after=False)
     with pytest.raises(Crash):
         await a.store.append(new_append(session_id, "never"))

@@ -75,15 +75,20 @@ asks = pytest.mark.parametrize("ask", [ask, ask_core])
 Ask = Callable[[Database], Awaitable[int]]
 
 
+async def found_hanging(database: Database, link: Link, ask: Ask) -> None:
+    """It has answered, it hangs, and one has waited in vain."""
+    assert await ask(database) == 1
+    await link.change("hole")
+    with pytest.raises(DurableStoreUnavailable, match="can't be reached"):
+        await ask(database)
+
+
 @asks
 async def test_one_waits_in_vain_and_the_others_are_told_at_once(
     link: Link, database_url: str, ask: Ask
 ) -> None:
     async with opened(through(link, database_url), remembers_outages=True) as database:
-        assert await ask(database) == 1
-        await link.change("hole")
-        with pytest.raises(DurableStoreUnavailable, match="can't be reached"):
-            await ask(database)
+        await found_hanging(database, link, ask)
         for _ in range(3):
             with pytest.raises(DurableStoreUnavailable, match=A_MOMENT_AGO):
                 await ask(database)
@@ -101,10 +106,7 @@ async def test_one_at_a_time_tries_again(
     link: Link, database_url: str, monkeypatch: pytest.MonkeyPatch, ask: Ask
 ) -> None:
     async with opened(through(link, database_url), remembers_outages=True) as database:
-        assert await ask(database) == 1
-        await link.change("hole")
-        with pytest.raises(DurableStoreUnavailable, match="can't be reached"):
-            await ask(database)
+        await found_hanging(database, link, ask)
         monkeypatch.setattr(engine_module, "_TRY_AGAIN_SECONDS", 0.0)
         with pytest.raises(DurableStoreUnavailable, match="can't be reached"):
             await ask(database)
@@ -120,10 +122,7 @@ async def test_while_one_tries_again_the_others_are_told_at_once(
     link: Link, database_url: str, monkeypatch: pytest.MonkeyPatch, ask: Ask
 ) -> None:
     async with opened(through(link, database_url), remembers_outages=True) as database:
-        assert await ask(database) == 1
-        await link.change("hole")
-        with pytest.raises(DurableStoreUnavailable, match="can't be reached"):
-            await ask(database)
+        await found_hanging(database, link, ask)
         monkeypatch.setattr(engine_module, "_TRY_AGAIN_SECONDS", 0.0)
         trying = asyncio.create_task(ask(database))
         # It runs until it waits.
