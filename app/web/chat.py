@@ -59,7 +59,8 @@ async def chat(request: Request, runtime: Served, user_id: UserId = "", session:
         topics=topics_of(runtime.assistant)[:_TOPICS_SHOWN],
         user=whose,
         words={name: language.text(f"chat.script.{name}") for name in _WORDS}
-        | {role: language.text(f"role.{role}") for role in ("user", "assistant")},
+        | {role: language.text(f"role.{role}") for role in ("user", "assistant")}
+        | {"seconds": language.text("unit.seconds")},
     )
 
 

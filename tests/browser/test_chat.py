@@ -7,6 +7,7 @@ import asyncpg
 import pytest
 from redis.asyncio import Redis
 
+from app.web.languages import Language
 from tests.browser.conftest import LOOKS, PHONE, check_page
 from tests.integration.api_client import serving
 
@@ -161,6 +162,25 @@ async def test_a_slow_answer_says_how_long_it_has_been_thought_about(open_page):
     answer.set()
     await page.get_by_text("heard: slow").wait_for()
     assert not await page.get_by_text("Still thinking").is_visible()
+
+
+@pytest.mark.parametrize("code", ["en", "vi"])
+@pytest.mark.parametrize("took_ms", [0, 1, 850, 3_500, 12_300])
+async def test_the_script_says_how_long_an_answer_took_as_the_page_does(open_page, code, took_ms):
+    page = await open_page(f"/?user_id=took&lang={code}")
+
+    async def took(route):
+        answer = await route.fetch()
+        await route.fulfill(response=answer, json={**await answer.json(), "processing_time_ms": took_ms})
+
+    await page.route(MESSAGES, took)
+    await page.locator("#message").fill("how long")
+    await page.keyboard.press("Enter")
+    await page.get_by_text("heard: how long").wait_for()
+
+    language = Language(code)
+    said = language.text("message.took", time=language.duration(took_ms / 1000))
+    assert await page.locator(".message-facts").last.text_content() == said
 
 
 async def test_the_enter_of_an_input_method_chooses_a_word_and_sends_nothing(open_page):

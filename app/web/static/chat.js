@@ -115,9 +115,13 @@
     };
   }
 
+  // As Language.duration of the service: a message says the same once the page is loaded again.
   function duration(milliseconds) {
-    if (milliseconds < 1000) return `${Math.max(1, Math.round(milliseconds))} ms`;
-    return `${new Intl.NumberFormat(document.documentElement.lang, { maximumFractionDigits: 1 }).format(milliseconds / 1000)} s`;
+    if (milliseconds > 0 && milliseconds < 1000) return `${milliseconds} ms`;
+    const seconds = milliseconds / 1000;
+    const digits = seconds > 0 && seconds < 10 ? 1 : 0;
+    const number = new Intl.NumberFormat(document.documentElement.lang, { minimumFractionDigits: digits, maximumFractionDigits: digits });
+    return words.seconds.replace("{value}", number.format(seconds));
   }
 
   function show(message, answer) {
