@@ -2,4 +2,7 @@
 
 from app.web import analytics, assets, chat, sessions, stores
 
-PAGES = (assets.router, chat.router, analytics.router, sessions.router, stores.router)
+PAGES = [
+    *assets.routes,
+    *(route for module in (chat, analytics, sessions, stores) for route in module.pages.routes),
+]

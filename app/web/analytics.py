@@ -11,20 +11,23 @@ from datetime import UTC, date, datetime, time, timedelta
 from typing import Annotated, Any, Literal
 from urllib.parse import urlencode
 
-from fastapi import Query, Request, Response
+from fastapi import Request, Response
+from pydantic import Field
 
 from app.analytics import reports
 from app.analytics.reports import AskedGranularity, Report
 from app.api.reports import FIELDS, refusal, turn
-from app.api.requests import Served, only_user
+from app.api.requests import only_user
 from app.chat import format_time, utc_now
 from app.errors import ChatError, Unavailable
 from app.postgres.engine import Database
 from app.web.forms import SinceDay, UntilDay, UserId
-from app.web.frame import page_router, render
+from app.web.frame import render
 from app.web.languages import language_of
+from app.web.routing import Asked, Pages
+from app.wiring import Runtime
 
-router = page_router()
+pages = Pages()
 
 #: Days that one click leads to.
 RANGES = (7, 30, 90)
@@ -75,37 +78,37 @@ class Panel:
         return self.found.records if self.found is not None else []
 
 
-@router.get("/analytics")
-async def analytics(
-    request: Request,
-    runtime: Served,
-    days: Annotated[int, Query(ge=1, le=reports.RANGE_DAYS_MAX)] = 30,
-    since: SinceDay = None,
-    until: UntilDay = None,
-    granularity: AskedGranularity = "auto",
-    timezone: Annotated[str, Query(max_length=64)] = "",
-    user_id: UserId = "",
-) -> Response:
-    user = await only_user(runtime, user_id or None)
-    asked = {
-        "from": since,
-        "to": until,
-        "days": days if since is None else None,
-        "granularity": granularity if granularity != "auto" else None,
-        "timezone": timezone or None,
+class AnalyticsAsked(Asked):
+    days: Annotated[int, Field(ge=1, le=reports.RANGE_DAYS_MAX)] = 30
+    since: SinceDay = None
+    until: UntilDay = None
+    granularity: AskedGranularity = "auto"
+    timezone: Annotated[str, Field(max_length=64)] = ""
+    user_id: UserId = ""
+
+
+@pages.get("/analytics", AnalyticsAsked)
+async def analytics(request: Request, runtime: Runtime, asked: AnalyticsAsked) -> Response:
+    user = await only_user(runtime, asked.user_id or None)
+    given = {
+        "from": asked.since,
+        "to": asked.until,
+        "days": asked.days if asked.since is None else None,
+        "granularity": asked.granularity if asked.granularity != "auto" else None,
+        "timezone": asked.timezone or None,
         "user_id": user,
     }
-    state = {name: str(value) for name, value in asked.items() if value is not None}
+    state = {name: str(value) for name, value in given.items() if value is not None}
     if runtime.database is None:
         return render(request, "analytics.html", panels=None)
-    panels = await _panels(
+    panels = await panels_of(
         runtime.database,
         request.app.state.reports,
-        since=since,
-        until=until,
-        days=days,
-        granularity=granularity,
-        timezone=timezone or None,
+        since=asked.since,
+        until=asked.until,
+        days=asked.days,
+        granularity=asked.granularity,
+        timezone=asked.timezone or None,
         user_id=user,
     )
     text = language_of(request).text
@@ -118,7 +121,7 @@ async def analytics(
         heat=heatmap(panels["traffic_heatmap"].rows),
         hours=_HOURS,
         cohorts=cohorts(panels["retention"].rows, shown.until.date()),
-        days=days,
+        days=asked.days,
         now=utc_now(),
         range=shown,
         ranges=[(one, urlencode({**_without_range(state), "days": one})) for one in RANGES],
@@ -135,7 +138,7 @@ def _without_range(state: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in state.items() if name not in {"from", "to", "days"}}
 
 
-async def _panels(database: Database, at_once: asyncio.Semaphore, **asked: Any) -> Mapping[str, Panel]:
+async def panels_of(database: Database, at_once: asyncio.Semaphore, **asked: Any) -> Mapping[str, Panel]:
     """Every panel by its report. Raises what is the matter with all of them."""
     names = (*_TABLES, *(chart.report for chart in CHARTS))
     panels = await asyncio.gather(*(_panel(database, at_once, name, **asked) for name in names))

@@ -2,23 +2,23 @@
 
 import asyncio
 from dataclasses import dataclass
-from typing import Annotated
 from uuid import UUID
 
-from fastapi import Query, Request, Response
+from fastapi import Request, Response
 
 from app.analytics.browse import first_questions
-from app.api.requests import Served, only_user
+from app.api.requests import only_user
 from app.assistants import topics_of
 from app.errors import Unavailable
 from app.store import History, SessionPage
 from app.web.forms import UserId
-from app.web.frame import page_router, render
+from app.web.frame import render
 from app.web.languages import language_of
+from app.web.routing import Asked, Pages
 from app.web.sessions import Shown
 from app.wiring import Runtime
 
-router = page_router()
+pages = Pages()
 
 #: Who has not said who he is.
 GUEST = "guest"
@@ -32,7 +32,10 @@ _TITLE_CHARACTERS = 80
 #: What the script says, by its name there.
 _WORDS = ("thinking", "slow", "failed", "resend", "unreachable", "took", "sources")
 
-Session = Annotated[UUID | None, Query()]
+
+class ChatAsked(Asked):
+    user_id: UserId = ""
+    session: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +46,12 @@ class Past:
     titles: dict[UUID, str]
 
 
-@router.get("/")
-async def chat(request: Request, runtime: Served, user_id: UserId = "", session: Session = None) -> Response:
+@pages.get("/", ChatAsked)
+async def chat(request: Request, runtime: Runtime, asked: ChatAsked) -> Response:
     """A session of a user, or the beginning of one. Raises `SessionNotFound` for one of somebody else."""
     language = language_of(request)
-    whose = await only_user(runtime, user_id or None) or GUEST
-    history, past = await asyncio.gather(_history(runtime, session, whose), _past(runtime, whose))
+    session, whose = asked.session, await only_user(runtime, asked.user_id or None) or GUEST
+    history, past = await asyncio.gather(history_of(runtime, session, whose), past_of(runtime, whose))
     return render(
         request,
         "chat.html",
@@ -64,22 +67,22 @@ async def chat(request: Request, runtime: Served, user_id: UserId = "", session:
     )
 
 
-@router.get("/chat/past")
-async def past_sessions(
-    request: Request, runtime: Served, user_id: UserId = "", session: Session = None
-) -> Response:
+@pages.get("/chat/past", ChatAsked)
+async def past_sessions(request: Request, runtime: Runtime, asked: ChatAsked) -> Response:
     """The list at the side, for the script: a session that was just begun is in it."""
-    whose = await only_user(runtime, user_id or None) or GUEST
-    return render(request, "chat_past.html", past=await _past(runtime, whose), session=session, user=whose)
+    whose = await only_user(runtime, asked.user_id or None) or GUEST
+    return render(
+        request, "chat_past.html", past=await past_of(runtime, whose), session=asked.session, user=whose
+    )
 
 
-async def _history(runtime: Runtime, session: UUID | None, user: str) -> History | None:
+async def history_of(runtime: Runtime, session: UUID | None, user: str) -> History | None:
     if session is None:
         return None
     return await runtime.store.read_history(session, max_messages=_MESSAGES_SHOWN, user_id=user)
 
 
-async def _past(runtime: Runtime, user: str) -> Past | None:
+async def past_of(runtime: Runtime, user: str) -> Past | None:
     """None: it can't be said now. A cached transcript is shown all the same."""
     try:
         page = await runtime.store.list_sessions(user, status="all", limit=_SESSIONS_SHOWN)

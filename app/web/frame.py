@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlencode
 
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import FastAPI, Request
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 from starlette.responses import Response
 
-from app.api.requests import readable_query
 from app.chat import format_time
 from app.web.assets import address, takes_gzip
-from app.web.languages import COOKIE, LANGUAGES, Language, known_language, language_of
+from app.web.languages import COOKIE, LANGUAGES, Language, language_of
 
 #: Where the header leads to: `place.<name>` is the text.
 PLACES = {"chat": "/", "sessions": "/sessions", "analytics": "/analytics", "stores": "/stores"}
@@ -63,11 +62,6 @@ def _environment(language: Language) -> Environment:
         "t": language.text,
     }
     return environment
-
-
-def page_router() -> APIRouter:
-    """For a module's pages: they are no part of the API's description, and what they are asked is checked as there."""
-    return APIRouter(include_in_schema=False, dependencies=[Depends(readable_query), Depends(known_language)])
 
 
 def render(

@@ -4,32 +4,37 @@ What people and assistants wrote is only ever text. Pages of a list and of a tra
 given twice when more is written meanwhile, and the last one costs what the first one does.
 """
 
+import asyncio
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated
 from urllib.parse import urlencode, urlsplit
 from uuid import UUID
 
-from fastapi import Path, Query, Request, Response
+from fastapi import Request, Response
+from pydantic import Field
 from starlette.responses import RedirectResponse
 
 from app.analytics.browse import browse_sessions
 from app.analytics.search import DEFAULT_RANGE, Hit
 from app.api.problems import RequestRefused, refused_field
-from app.api.requests import Served, cursor_text, only_user, place_of
+from app.api.requests import cursor_text, only_user, place_of
 from app.api.search import search_cursor, search_page
 from app.api.sessions import SEQ_MAX
 from app.chat import ChatSession, SessionStatus
 from app.coherence.ports import CacheOutage, Entry, GuideEntry
 from app.errors import SessionNotFound
+from app.postgres.engine import Database
 from app.redis_sessions.inspect import find_session
 from app.web.forms import Since, Until, UserId
-from app.web.frame import page_router, render
+from app.web.frame import render
+from app.web.routing import Asked, Pages
 from app.wiring import Runtime
 
-router = page_router()
+pages = Pages()
 
 SESSIONS_OF_PAGE = 50
 MESSAGES_OF_PAGE = 50
@@ -37,89 +42,125 @@ MESSAGES_OF_PAGE = 50
 #: What is longer is cut, with a link to all of it: 50 messages of 256 KiB would be a page of 12 MiB.
 CHARACTERS_SHOWN = 8_000
 
-SessionId = Annotated[UUID, Path()]
-Seq = Annotated[int | None, Query(ge=1, le=SEQ_MAX)]
+Seq = Annotated[int, Field(ge=1, le=SEQ_MAX)]
 
 
 # The list
 
 
-@router.get("/sessions")
-async def sessions(
-    request: Request,
-    runtime: Served,
-    user_id: UserId = "",
-    since: Since = None,
-    until: Until = None,
-    status: SessionStatus = "all",
-    words: Annotated[str, Query(max_length=200)] = "",
-    after: str | None = None,
-    before: str | None = None,
-    deleted: UUID | None = None,
-) -> Response:
-    if after is not None and before is not None:
-        raise refused_field("contradicting_parameters", "query.before", "is another way than query.after")
-    user = await only_user(runtime, user_id or None)
-    asked = {name: request.query_params.get(name) for name in ("user_id", "from", "to", "status", "words")}
-    state = {name: value for name, value in asked.items() if value}
-    found: Sequence[ChatSession] = ()
-    hits: list[tuple[Hit, list[tuple[str, bool]]]] = []
+class ListAsked(Asked):
+    user_id: UserId = ""
+    since: Since = None
+    until: Until = None
+    status: SessionStatus = "all"
+    words: Annotated[str, Field(max_length=200)] = ""
+    after: str | None = None
+    before: str | None = None
+    deleted: UUID | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listed:
+    """A page of sessions, and the cursors of the pages beside it."""
+
+    sessions: Sequence[ChatSession] = ()
     newer: str | None = None
     older: str | None = None
-    searched_from = None
-    partial = False
-    if words.strip() and runtime.database is not None:
-        page, searched_from = await search_page(
-            runtime,
-            request.app.state.searches,
-            words,
-            since=since,
-            until=until,
-            after=after,
-            user_id=user,
-            limit=SESSIONS_OF_PAGE,
-        )
-        hits = [(hit, list(marked(hit))) for hit in page.hits]
-        partial = page.partial
-        older = search_cursor(searched_from, page.next) if page.next is not None else None
-    elif runtime.database is not None:
-        listed = await browse_sessions(
-            runtime.database,
-            user_id=user,
-            since=since,
-            until=until,
-            status=status,
-            ttl_seconds=runtime.settings.session_ttl_seconds,
-            limit=SESSIONS_OF_PAGE,
-            after=place_of(after, "query.after"),
-            before=place_of(before, "query.before"),
-        )
-        found = listed.sessions
-        newer = cursor_text(listed.newer) if listed.newer is not None else None
-        older = cursor_text(listed.older) if listed.older is not None else None
-    elif user is not None:
-        answer = await runtime.store.list_sessions(
-            user, status=status, limit=SESSIONS_OF_PAGE, after=place_of(after, "query.after")
-        )
-        found = answer.sessions
-        older = cursor_text(answer.next) if answer.next is not None else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Searched:
+    """A page of hits, each with its snippet in pieces; and the cursor of the next one."""
+
+    hits: list[tuple[Hit, list[tuple[str, bool]]]]
+    since: datetime
+    partial: bool
+    older: str | None
+    newer: None = None
+
+
+@pages.get("/sessions", ListAsked)
+async def sessions(request: Request, runtime: Runtime, asked: ListAsked) -> Response:
+    if asked.after is not None and asked.before is not None:
+        raise refused_field("contradicting_parameters", "query.before", "is another way than query.after")
+    user = await only_user(runtime, asked.user_id or None)
+    given = {name: request.query_params.get(name) for name in ("user_id", "from", "to", "status", "words")}
+    state = {name: value for name, value in given.items() if value}
+    searched: Searched | None = None
+    listed = Listed()
+    if runtime.database is None:
+        listed = await _held_by_redis(runtime, asked, user)
+    elif asked.words.strip():
+        searched = await _searched(runtime, request.app.state.searches, asked, user)
+    else:
+        listed = await _archived(runtime, runtime.database, asked, user)
+    newer, older = listed.newer, (searched or listed).older
     return render(
         request,
         "sessions.html",
         archive=runtime.database is not None,
         default_days=DEFAULT_RANGE.days,
-        deleted=deleted if deleted is not None and await _is_gone(runtime, deleted) else None,
+        deleted=asked.deleted
+        if asked.deleted is not None and await _is_gone(runtime, asked.deleted)
+        else None,
         first=f"/sessions?{urlencode(state)}",
-        hits=hits,
         newer=f"/sessions?{urlencode({**state, 'before': newer})}" if newer else None,
         older=f"/sessions?{urlencode({**state, 'after': older})}" if older else None,
-        paged=after is not None or newer is not None,
-        partial=partial,
-        searched=bool(words.strip()),
-        searched_from=searched_from,
-        sessions=found,
+        paged=asked.after is not None or newer is not None,
+        searched=searched,
+        sessions=listed.sessions,
         state=state,
-        wanted=status,
+        wanted=asked.status,
+    )
+
+
+async def _archived(runtime: Runtime, database: Database, asked: ListAsked, user: str | None) -> Listed:
+    page = await browse_sessions(
+        database,
+        user_id=user,
+        since=asked.since,
+        until=asked.until,
+        status=asked.status,
+        ttl_seconds=runtime.settings.session_ttl_seconds,
+        limit=SESSIONS_OF_PAGE,
+        after=place_of(asked.after, "query.after"),
+        before=place_of(asked.before, "query.before"),
+    )
+    return Listed(
+        sessions=page.sessions,
+        newer=cursor_text(page.newer) if page.newer is not None else None,
+        older=cursor_text(page.older) if page.older is not None else None,
+    )
+
+
+async def _held_by_redis(runtime: Runtime, asked: ListAsked, user: str | None) -> Listed:
+    """Without a database, a user's alone can be listed."""
+    if user is None:
+        return Listed()
+    page = await runtime.store.list_sessions(
+        user, status=asked.status, limit=SESSIONS_OF_PAGE, after=place_of(asked.after, "query.after")
+    )
+    return Listed(sessions=page.sessions, older=cursor_text(page.next) if page.next is not None else None)
+
+
+async def _searched(
+    runtime: Runtime, at_once: asyncio.Semaphore, asked: ListAsked, user: str | None
+) -> Searched:
+    page, since = await search_page(
+        runtime,
+        at_once,
+        asked.words,
+        since=asked.since,
+        until=asked.until,
+        after=asked.after,
+        user_id=user,
+        limit=SESSIONS_OF_PAGE,
+    )
+    return Searched(
+        hits=[(hit, list(marked(hit))) for hit in page.hits],
+        since=since,
+        partial=page.partial,
+        older=search_cursor(since, page.next) if page.next is not None else None,
     )
 
 
@@ -233,22 +274,33 @@ def _standing(runtime: Runtime, value: object) -> str:
     return "trusted" if value.epoch == state.epoch else "stale"
 
 
-@router.get("/sessions/{session_id}")
-async def transcript(
-    request: Request,
-    runtime: Served,
-    session_id: SessionId,
-    before: Seq = None,
-    at: Seq = None,
-    whole: Seq = None,
-) -> Response:
+class TranscriptAsked(Asked):
     """The newest messages; `before` one; or those around `at`. `whole` is shown whatever its length."""
+
+    session_id: UUID
+    before: Seq | None = None
+    at: Seq | None = None
+    whole: Seq | None = None
+
+
+class OlderAsked(Asked):
+    session_id: UUID
+    before: Seq
+
+
+class SessionAsked(Asked):
+    session_id: UUID
+
+
+@pages.get("/sessions/{session_id}", TranscriptAsked)
+async def transcript(request: Request, runtime: Runtime, asked: TranscriptAsked) -> Response:
+    session_id, before, at = asked.session_id, asked.before, asked.at
     # Before the history: that read slides the time to live.
     redis = await in_redis(runtime, session_id)
     if at is not None:
         before = min(at + MESSAGES_OF_PAGE // 2, SEQ_MAX)
     history = await runtime.store.read_history(session_id, max_messages=MESSAGES_OF_PAGE, before_seq=before)
-    messages = [Shown.of(line, whole=whole) for line in history.lines]
+    messages = [Shown.of(line, whole=asked.whole) for line in history.lines]
     last = messages[-1].seq if messages else 0
     newer = last + MESSAGES_OF_PAGE + 1 if last < history.session.message_count else None
     return render(
@@ -266,12 +318,12 @@ async def transcript(
     )
 
 
-@router.get("/sessions/{session_id}/messages")
-async def older_messages(
-    request: Request, runtime: Served, session_id: SessionId, before: Annotated[int, Query(ge=1, le=SEQ_MAX)]
-) -> Response:
+@pages.get("/sessions/{session_id}/messages", OlderAsked)
+async def older_messages(request: Request, runtime: Runtime, asked: OlderAsked) -> Response:
     """The page of a transcript before one, for a script that puts it above that one."""
-    history = await runtime.store.read_history(session_id, max_messages=MESSAGES_OF_PAGE, before_seq=before)
+    history = await runtime.store.read_history(
+        asked.session_id, max_messages=MESSAGES_OF_PAGE, before_seq=asked.before
+    )
     return render(
         request,
         "transcript_messages.html",
@@ -285,17 +337,17 @@ async def older_messages(
 # Deletion
 
 
-@router.get("/sessions/{session_id}/delete")
-async def ask_to_delete(request: Request, runtime: Served, session_id: SessionId) -> Response:
-    read = await runtime.store.get_session(session_id)
+@pages.get("/sessions/{session_id}/delete", SessionAsked)
+async def ask_to_delete(request: Request, runtime: Runtime, asked: SessionAsked) -> Response:
+    read = await runtime.store.get_session(asked.session_id)
     return render(request, "delete.html", session=read.session)
 
 
-@router.post("/sessions/{session_id}/delete")
-async def delete(request: Request, runtime: Served, session_id: SessionId) -> Response:
+@pages.post("/sessions/{session_id}/delete", SessionAsked)
+async def delete(request: Request, runtime: Runtime, asked: SessionAsked) -> Response:
     _refuse_other_sites(request)
-    await runtime.store.delete_session(session_id)
-    return RedirectResponse(f"/sessions?deleted={session_id}", HTTPStatus.SEE_OTHER)
+    await runtime.store.delete_session(asked.session_id)
+    return RedirectResponse(f"/sessions?deleted={asked.session_id}", HTTPStatus.SEE_OTHER)
 
 
 def _refuse_other_sites(request: Request) -> None:

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated, TypeVar
 
-from fastapi import Query, Request, Response
+from fastapi import Request, Response
+from pydantic import Field
 
 from app import __version__
 from app.api.metrics import of_all_workers
-from app.api.requests import Served
 from app.chat import milliseconds_of, utc_now
 from app.coherence.ports import CacheOutage, CacheState
 from app.errors import ChatError
@@ -22,10 +22,11 @@ from app.postgres.cache_state import alive
 from app.postgres.schema import REVISION, current_revision
 from app.redis_sessions.inspect import ServerFacts, server_facts
 from app.store import StoreHealth
-from app.web.frame import page_router, render
+from app.web.frame import render
+from app.web.routing import Asked, Pages
 from app.wiring import Runtime
 
-router = page_router()
+pages = Pages()
 
 #: Shorter than a reader's patience: a store that hangs is then one that does not answer.
 _ASK_SECONDS_MAX = 3.0
@@ -151,20 +152,21 @@ async def _in_time(asking: Awaitable[_T] | None) -> _T | None:
         return None
 
 
-Since = Annotated[
-    str | None, Query(pattern=r"^[0-9]{1,15}\.[0-9]{1,18}\.[0-9]{1,18}$", description="of the look before")
-]
+class SinceAsked(Asked):
+    """`since` is of the look before."""
+
+    since: Annotated[str | None, Field(pattern=r"^[0-9]{1,15}\.[0-9]{1,18}\.[0-9]{1,18}$")] = None
 
 
-@router.get("/stores")
-async def stores(request: Request, runtime: Served) -> Response:
+@pages.get("/stores", Asked)
+async def stores(request: Request, runtime: Runtime, _: Asked) -> Response:
     return await _rendered(request, runtime, "stores.html", since=None)
 
 
-@router.get("/stores/now")
-async def stores_now(request: Request, runtime: Served, since: Since = None) -> Response:
+@pages.get("/stores/now", SinceAsked)
+async def stores_now(request: Request, runtime: Runtime, asked: SinceAsked) -> Response:
     """The part of the page that changes, for a script that asks again and again."""
-    return await _rendered(request, runtime, "stores_now.html", since=since)
+    return await _rendered(request, runtime, "stores_now.html", since=asked.since)
 
 
 async def _rendered(request: Request, runtime: Runtime, template: str, *, since: str | None) -> Response:
