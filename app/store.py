@@ -74,6 +74,11 @@ class History:
         return messages_of(self.body)
 
     @property
+    def last_seq(self) -> int:
+        """The seq of the last one; one less than `first_seq` where there is none."""
+        return self.first_seq + self.body.count(b",\n") if self.body else self.first_seq - 1
+
+    @property
     def next_before_seq(self) -> int | None:
         """Where the page before this one ends; None at the start of what can be read."""
         return self.first_seq if self.body and self.first_seq > self.session.first_available_seq else None

@@ -15,7 +15,6 @@ from app.web.forms import UserId
 from app.web.frame import render
 from app.web.languages import language_of
 from app.web.routing import Asked, Pages
-from app.web.sessions import Shown
 from app.wiring import Runtime
 
 pages = Pages()
@@ -56,7 +55,6 @@ async def chat(request: Request, runtime: Runtime, asked: ChatAsked) -> Response
         request,
         "chat.html",
         history=history,
-        messages=[Shown.of(line) for line in history.lines] if history is not None else [],
         past=past,
         session=session,
         topics=topics_of(runtime.assistant)[:_TOPICS_SHOWN],

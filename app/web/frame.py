@@ -10,12 +10,13 @@ from urllib.parse import urlencode
 
 from fastapi import FastAPI, Request
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 from starlette.responses import Response
 
 from app.chat import format_time
 from app.web.assets import address, takes_gzip
 from app.web.languages import COOKIE, LANGUAGES, Language, language_of
+from app.web.pieces import Pieces, moment_text
 
 #: Where the header leads to: `place.<name>` is the text.
 PLACES = {"chat": "/", "sessions": "/sessions", "analytics": "/analytics", "stores": "/stores"}
@@ -84,6 +85,7 @@ def render(
             here=request.url.path,
             language=language.code,
             languages=[(code, name, _in_language(request, code)) for code, name in LANGUAGES.items()],
+            pieces=_PIECES[language.code],
             places=PLACES.items(),
             **values,
         )
@@ -107,19 +109,21 @@ def _in_language(request: Request, code: str) -> str:
     return f"{request.url.path}?{urlencode([*state, (COOKIE, code)])}"
 
 
-def moment(when: datetime | str, shown: Literal["moment", "time"] = "moment") -> Markup:
-    """A time, or one that `format_time` wrote: a script shows it in the reader's zone. `shown`: the whole `moment`, or
-    its `time` of day.
-    """
-    told = escape(when) if isinstance(when, str) else format_time(when)
-    text = f"{told[:10]} {told[11:19]} UTC"
-    # Markup's own formatting escapes again what is digits, which took half of a list's time.
+def moment(when: datetime, shown: Literal["moment", "time"] = "moment") -> Markup:
+    """A time: a script shows it in the reader's zone. `shown`: the whole `moment`, or its `time` of day."""
+    told = format_time(when)
+    text = moment_text(told)
+    # Markup's own formatting escapes again what is digits.
     return Markup(  # noqa: S704
-        f'<time datetime="{told}" data-local="{shown}" title="{text}">{text if shown == "moment" else text[11:]}</time>'
+        f'<time datetime="{told}" data-local="{shown}">{text if shown == "moment" else text[11:]}</time>'
     )
 
 
 _ENVIRONMENTS = {code: _environment(Language(code)) for code in LANGUAGES}
+_PIECES = {
+    code: Pieces(environment.get_template("pieces.html").module, Language(code))
+    for code, environment in _ENVIRONMENTS.items()
+}
 
 
 def show_errors(app: FastAPI) -> None:

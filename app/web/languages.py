@@ -20,6 +20,8 @@ _SECONDS_SHOWN_MAX = 120
 _MINUTES_SHOWN_MAX = 120
 _HOURS_SHOWN_MAX = 48
 
+_SWAPPED = str.maketrans(",.", ".,")
+
 # A list of tags with their weights, RFC 9110 12.5.4. The region of a tag does not matter here.
 _WANTED = re.compile(r"\s*([A-Za-z]{1,8})(?:-[A-Za-z0-9-]*)?\s*(?:;\s*q=([01](?:\.[0-9]{0,3})?))?\s*(?:,|$)")
 
@@ -39,7 +41,7 @@ class Language:
     def number(self, value: float, digits: int = 0) -> str:
         """1,234.5 in English, 1.234,5 in Vietnamese."""
         shown = f"{value:,.{digits}f}"
-        return shown.translate(str.maketrans(",.", ".,")) if self.code == "vi" else shown
+        return shown.translate(_SWAPPED) if self.code == "vi" else shown
 
     def short(self, value: float) -> str:
         """Three figures at most, for where there is no room: 950, 1.2k, 12k, 3.4M."""

@@ -5,7 +5,6 @@ given twice when more is written meanwhile, and the last one costs what the firs
 """
 
 import asyncio
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,9 +37,6 @@ pages = Pages()
 
 SESSIONS_OF_PAGE = 50
 MESSAGES_OF_PAGE = 50
-
-#: What is longer is cut, with a link to all of it: 50 messages of 256 KiB would be a page of 12 MiB.
-CHARACTERS_SHOWN = 8_000
 
 Seq = Annotated[int, Field(ge=1, le=SEQ_MAX)]
 
@@ -187,44 +183,6 @@ def marked(hit: Hit) -> Iterator[tuple[str, bool]]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """A message as it is shown: `text` may be its beginning only, of so many `characters`. `written_at` as stores keep it."""
-
-    seq: int
-    role: str
-    written_at: str
-    text: str
-    characters: int
-    sources: Sequence[str]
-    processing_time_ms: float | None
-
-    @classmethod
-    def of(cls, line: str, *, whole: int | None = None) -> "Shown":
-        """Out of a store's line, which is read once. `whole`: the seq of the one that is not cut."""
-        fields = json.loads(line)
-        content, metadata = fields["content"], fields["metadata"]
-        sources, took = metadata.get("sources"), metadata.get("processing_time_ms")
-        return cls(
-            seq=fields["seq"],
-            role=fields["role"],
-            written_at=fields["timestamp"],
-            text=content if fields["seq"] == whole else content[:CHARACTERS_SHOWN],
-            characters=len(content),
-            sources=tuple(map(_source, sources)) if isinstance(sources, list) else (),
-            # True is an int of Python's.
-            processing_time_ms=took if isinstance(took, int | float) and not isinstance(took, bool) else None,
-        )
-
-    @property
-    def is_cut(self) -> bool:
-        return len(self.text) < self.characters
-
-
-def _source(source: object) -> str:
-    return source if isinstance(source, str) else json.dumps(source, ensure_ascii=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class InRedis:
     """What stands in Redis. `state`: trusted; dirty (a write has not published), stale (of another epoch) and untrusted (no
     lease now), which are compared with PostgreSQL at the next read; compared (at every read, by the setting); owner, guide,
@@ -300,8 +258,7 @@ async def transcript(request: Request, runtime: Runtime, asked: TranscriptAsked)
     if at is not None:
         before = min(at + MESSAGES_OF_PAGE // 2, SEQ_MAX)
     history = await runtime.store.read_history(session_id, max_messages=MESSAGES_OF_PAGE, before_seq=before)
-    messages = [Shown.of(line, whole=asked.whole) for line in history.lines]
-    last = messages[-1].seq if messages else 0
+    last = history.last_seq if history.body else 0
     newer = last + MESSAGES_OF_PAGE + 1 if last < history.session.message_count else None
     return render(
         request,
@@ -309,12 +266,11 @@ async def transcript(request: Request, runtime: Runtime, asked: TranscriptAsked)
         at=at,
         history=history,
         last=last,
-        messages=messages,
         newer=newer,
-        older=history.next_before_seq,
         postgres=runtime.database is not None,
         redis=redis,
         session=history.session,
+        whole=asked.whole,
     )
 
 
@@ -328,9 +284,9 @@ async def older_messages(request: Request, runtime: Runtime, asked: OlderAsked) 
         request,
         "transcript_messages.html",
         at=None,
-        messages=[Shown.of(line) for line in history.lines],
-        older=history.next_before_seq,
+        history=history,
         session=history.session,
+        whole=None,
     )
 
 

@@ -13,7 +13,8 @@ from app.chat import utc_now
 from app.redis_sessions.codec import FIELDS
 from app.redis_sessions.keys import session_key
 from app.store import Cursor
-from app.web.sessions import CHARACTERS_SHOWN, MESSAGES_OF_PAGE, SESSIONS_OF_PAGE
+from app.web.pieces import CHARACTERS_SHOWN
+from app.web.sessions import MESSAGES_OF_PAGE, SESSIONS_OF_PAGE
 from tests.contract.suite import until
 from tests.databases import migrate, new_database, taken_away
 from tests.integration.api_client import UNKNOWN, assert_problem, empty_stores, for_mode, open_api

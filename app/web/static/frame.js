@@ -4,11 +4,12 @@
 (() => {
   const two = (number) => String(number).padStart(2, "0");
 
-  // <time datetime data-local="moment|time">: in the reader's own zone; the title keeps UTC.
+  // <time datetime data-local="moment|time">: in the reader's own zone; the title has it in UTC.
   function showLocal(root) {
     for (const time of root.querySelectorAll("time[data-local]")) {
       const at = new Date(time.dateTime);
       const clock = [at.getHours(), at.getMinutes(), at.getSeconds()].map(two).join(":");
+      time.title = `${time.dateTime.slice(0, 10)} ${time.dateTime.slice(11, 19)} UTC`;
       const day = [at.getFullYear(), two(at.getMonth() + 1), two(at.getDate())].join("-");
       time.textContent = time.dataset.local === "time" ? clock : `${day} ${clock}`;
     }
