@@ -5,9 +5,9 @@
 Hypothesis: a page costs at most 1.5 times its queries. What is above them is the framework, the template and gzip.
 Control: the queries of each page a second time in each round.
 
-150,000 messages over three months. Transcripts are those of sessions that fill a page, and Redis has them. Pages are asked
-as a browser asks them, without a socket; each transcript is another one than that before. Exit status 1 where a goal is
-missed.
+150,000 messages over three months. Transcripts are those of sessions that fill a page, and Redis has them; `archived` are
+those that it has not, as after an hour. Pages are asked as a browser asks them, without a socket; each transcript is another
+one than that before. Exit status 1 where a goal is missed.
 """
 
 import argparse
@@ -25,7 +25,6 @@ from uuid import UUID
 import uvloop
 from fastapi import FastAPI, Request
 
-from app.analytics.browse import browse_sessions
 from app.analytics.rollups import Rollups
 from app.api.metrics import of_all_workers
 from app.application import create_app
@@ -60,13 +59,17 @@ _BROWSER = [
 Call = Callable[[], Awaitable[Any]]
 
 
+async def _nothing() -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compared:
-    """A page, and what it asks."""
+    """A page, and what it asks. `before` each of them, outside of its time."""
 
     name: str
     page: Call
     queries: Call
+    before: Call = _nothing
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,9 +122,7 @@ def compared(app: FastAPI, picked: Sequence[Session]) -> list[Compared]:
     request = Request({"type": "http", "app": app, "headers": [], "query_string": b"", "path": "/stores"})
 
     async def the_list() -> None:
-        await browse_sessions(
-            database, ttl_seconds=runtime.settings.session_ttl_seconds, limit=sessions.SESSIONS_OF_PAGE
-        )
+        await sessions.archived(runtime, database, sessions.ListAsked(), None)
 
     async def of_a_transcript() -> None:
         session_id = next(asked).session_id
@@ -149,6 +150,11 @@ def compared(app: FastAPI, picked: Sequence[Session]) -> list[Compared]:
     async def of_the_stores() -> None:
         await asyncio.gather(stores.standing(runtime), of_all_workers(request, runtime))
 
+    async def forget() -> None:
+        assert runtime.redis is not None
+        async with runtime.redis.step() as redis:
+            await redis.flushdb()
+
     def transcript() -> Awaitable[int]:
         return ask(app, f"/sessions/{next(shown).session_id}")
 
@@ -162,6 +168,7 @@ def compared(app: FastAPI, picked: Sequence[Session]) -> list[Compared]:
         Compared(name="chat", page=talk, queries=of_the_chat),
         Compared(name="analytics", page=lambda: ask(app, f"/analytics?days={_DAYS}"), queries=of_the_panels),
         Compared(name="stores", page=lambda: ask(app, "/stores"), queries=of_the_stores),
+        Compared(name="archived", page=transcript, queries=of_a_transcript, before=forget),
     ]
 
 
@@ -204,8 +211,12 @@ async def count(url: str) -> None:
         await conn.execute("VACUUM (ANALYZE)")
 
 
-def _timed(call: Call) -> Timed:
-    return lambda: milliseconds(call())
+def _timed(before: Call, call: Call) -> Timed:
+    async def timed() -> float:
+        await before()
+        return await milliseconds(call())
+
+    return timed
 
 
 async def measure(
@@ -219,9 +230,10 @@ async def measure(
             if only and one.name not in only:
                 continue
             size = await one.page()
+            of_one = {_PAGE: one.page, _QUERIES: one.queries, _AGAIN: one.queries}
             curve = await in_turns(
                 one.name,
-                {_PAGE: _timed(one.page), _QUERIES: _timed(one.queries), _AGAIN: _timed(one.queries)},
+                {point: _timed(one.before, call) for point, call in of_one.items()},
                 calls=calls,
                 rounds=rounds,
             )

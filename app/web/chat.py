@@ -14,6 +14,7 @@ from app.store import History, SessionPage
 from app.web.forms import UserId
 from app.web.frame import render
 from app.web.languages import language_of
+from app.web.pieces import TITLE_CHARACTERS
 from app.web.routing import Asked, Pages
 from app.wiring import Runtime
 
@@ -25,9 +26,6 @@ GUEST = "guest"
 _MESSAGES_SHOWN = 50
 _SESSIONS_SHOWN = 20
 _TOPICS_SHOWN = 3
-# Of a question: the line at the side shows some thirty of them.
-_TITLE_CHARACTERS = 80
-
 #: What the script says, by its name there.
 _WORDS = ("thinking", "slow", "failed", "resend", "unreachable", "took", "sources")
 
@@ -90,6 +88,6 @@ async def past_of(runtime: Runtime, user: str) -> Past | None:
         return Past(page, {})
     ids = [one.session_id for one in page.sessions]
     try:
-        return Past(page, await first_questions(runtime.database, ids, characters=_TITLE_CHARACTERS))
+        return Past(page, await first_questions(runtime.database, ids, characters=TITLE_CHARACTERS))
     except Unavailable:
         return Past(page, {})

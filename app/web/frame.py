@@ -26,6 +26,9 @@ _LANGUAGE_SECONDS = 365 * 86400
 #: Smaller than a packet: packing it gains nothing.
 _PACKED_FROM_BYTES = 1200
 
+#: The last level that does not look for better matches: a page is packed in half of the time, and is 10 % larger.
+_PACKING = 3
+
 _SECURITY = {
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'; "
     "object-src 'none'",
@@ -95,7 +98,7 @@ def render(
         body, status_code=status, media_type="text/html", headers={**_SECURITY, **(headers or {})}
     )
     if takes_gzip(request) and len(body) >= _PACKED_FROM_BYTES:
-        response.body = gzip.compress(body, 5)
+        response.body = gzip.compress(body, _PACKING)
         response.headers["Content-Length"] = str(len(response.body))
         response.headers["Content-Encoding"] = "gzip"
     if request.query_params.get(COOKIE) == language.code:

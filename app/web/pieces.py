@@ -22,6 +22,9 @@ from app.web.languages import Language
 #: What is longer is cut, with a link to all of it: 50 messages of 256 KiB would be a page of 12 MiB.
 CHARACTERS_SHOWN = 8_000
 
+#: Of a question: a line shows some thirty of them.
+TITLE_CHARACTERS = 80
+
 _NAMED = re.compile(r"%\((\w+)\)s")
 
 
@@ -48,27 +51,51 @@ class Pieces:
     def __init__(self, formats: object, language: Language) -> None:
         self._language = language
         self._roles = {role: language.text(f"role.{role}") for role in ROLES}
-        self._session, self._message, self._took, self._rest, self._sources, self._source = (
-            Format(str(getattr(formats, name)))
-            for name in ("session", "message", "took", "rest", "sources", "source")
+
+        def format_of(name: str) -> Format:
+            return Format(str(getattr(formats, name)))
+
+        self._session, self._past, self._title, self._began = map(
+            format_of, ("session", "past", "title", "began")
+        )
+        self._message, self._took, self._rest, self._sources, self._source = map(
+            format_of, ("message", "took", "rest", "sources", "source")
         )
 
-    def sessions(self, found: Sequence[ChatSession]) -> Markup:
+    def sessions(self, found: Sequence[ChatSession], titles: Mapping[UUID, str]) -> Markup:
         """Rows of a table."""
-        created = [format_time(one.created_at) for one in found]
         active = [format_time(one.last_activity) for one in found]
-        users = [one.user_id for one in found]
         rows = self._session.each(
-            id=[str(one.session_id) for one in found],
-            created=created,
-            created_text=[*map(moment_text, created)],
+            **self._columns(found, titles),
             active=active,
             active_text=[*map(moment_text, active)],
-            user=escaped(users),
-            user_in_address=[*map(_in_address, users)],
-            messages=[self._language.number(one.message_count) for one in found],
+            user=escaped([one.user_id for one in found]),
         )
         return Markup("".join(rows))  # noqa: S704 - escaped above
+
+    def past(self, found: Sequence[ChatSession], titles: Mapping[UUID, str], current: UUID | None) -> Markup:
+        """Links of a list. `current` is the session that one is in."""
+        lines = self._past.each(
+            **self._columns(found, titles),
+            current=[' aria-current="page"' if one.session_id == current else "" for one in found],
+        )
+        return Markup("".join(lines))  # noqa: S704 - escaped above
+
+    def _columns(self, found: Sequence[ChatSession], titles: Mapping[UUID, str]) -> dict[str, list[str]]:
+        """What a session goes by is its title, or else when it began."""
+        created = [format_time(one.created_at) for one in found]
+        began = [self._began.one(created=told, created_text=moment_text(told)) for told in created]
+        asked = escaped([titles.get(one.session_id, "").strip() for one in found])
+        return {
+            "id": [str(one.session_id) for one in found],
+            "user_in_address": [_in_address(one.user_id) for one in found],
+            "messages": [self._language.number(one.message_count) for one in found],
+            "began": began,
+            "title": [
+                self._title.one(text=text) if text else when for text, when in zip(asked, began, strict=True)
+            ],
+            "began_too": [f" · {when}" if text else "" for text, when in zip(asked, began, strict=True)],
+        }
 
     def messages(
         self, history: History, session_id: UUID, *, marked: int | None = None, whole: int | None = None
@@ -77,6 +104,7 @@ class Pieces:
         found = json.loads(b"[%b]" % history.body)
         seqs = [str(one["seq"]) for one in found]
         contents = [one["content"] for one in found]
+        metadata = [one["metadata"] for one in found]
         written = escaped([one["timestamp"] for one in found])
         # What nearly all of them have not.
         marks, rests = [""] * len(found), [""] * len(found)
@@ -96,10 +124,10 @@ class Pieces:
             marked=marks,
             written=written,
             written_text=[*map(moment_text, written)],
-            took=[self._took_of(one["metadata"]) for one in found],
+            took=[self._took_of(one) if one else "" for one in metadata],
             text=escaped(contents),
             rest=rests,
-            sources=[self._sources_of(one["metadata"]) for one in found],
+            sources=[self._sources_of(one) if one else "" for one in metadata],
         )
         return Markup("".join(articles))  # noqa: S704 - escaped above
 
@@ -116,7 +144,7 @@ class Pieces:
             return ""
         told = [one if isinstance(one, str) else json.dumps(one, ensure_ascii=False) for one in sources]
         return self._sources.one(
-            count=str(len(told)), sources="".join(self._source.each(source=escaped(told)))
+            count=str(len(told)), sources="".join(self._source.each(source=[*map(html.escape, told)]))
         )
 
 

@@ -5,8 +5,8 @@ given twice when more is written meanwhile, and the last one costs what the firs
 """
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from http import HTTPStatus
 from typing import Annotated
@@ -17,7 +17,7 @@ from fastapi import Request, Response
 from pydantic import Field
 from starlette.responses import RedirectResponse
 
-from app.analytics.browse import browse_sessions
+from app.analytics.browse import browse_sessions, first_questions
 from app.analytics.search import DEFAULT_RANGE, Hit
 from app.api.problems import RequestRefused, refused_field
 from app.api.requests import cursor_text, only_user, place_of
@@ -30,6 +30,7 @@ from app.postgres.engine import Database
 from app.redis_sessions.inspect import find_session
 from app.web.forms import Since, Until, UserId
 from app.web.frame import render
+from app.web.pieces import TITLE_CHARACTERS
 from app.web.routing import Asked, Pages
 from app.wiring import Runtime
 
@@ -57,9 +58,10 @@ class ListAsked(Asked):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listed:
-    """A page of sessions, and the cursors of the pages beside it."""
+    """A page of sessions with what was asked first in them, and the cursors of the pages beside it."""
 
     sessions: Sequence[ChatSession] = ()
+    titles: Mapping[UUID, str] = field(default_factory=dict)
     newer: str | None = None
     older: str | None = None
 
@@ -89,7 +91,7 @@ async def sessions(request: Request, runtime: Runtime, asked: ListAsked) -> Resp
     elif asked.words.strip():
         searched = await _searched(runtime, request.app.state.searches, asked, user)
     else:
-        listed = await _archived(runtime, runtime.database, asked, user)
+        listed = await archived(runtime, runtime.database, asked, user)
     newer, older = listed.newer, (searched or listed).older
     return render(
         request,
@@ -106,11 +108,12 @@ async def sessions(request: Request, runtime: Runtime, asked: ListAsked) -> Resp
         searched=searched,
         sessions=listed.sessions,
         state=state,
+        titles=listed.titles,
         wanted=asked.status,
     )
 
 
-async def _archived(runtime: Runtime, database: Database, asked: ListAsked, user: str | None) -> Listed:
+async def archived(runtime: Runtime, database: Database, asked: ListAsked, user: str | None) -> Listed:
     page = await browse_sessions(
         database,
         user_id=user,
@@ -122,8 +125,10 @@ async def _archived(runtime: Runtime, database: Database, asked: ListAsked, user
         after=place_of(asked.after, "query.after"),
         before=place_of(asked.before, "query.before"),
     )
+    ids = [one.session_id for one in page.sessions]
     return Listed(
         sessions=page.sessions,
+        titles=await first_questions(database, ids, characters=TITLE_CHARACTERS),
         newer=cursor_text(page.newer) if page.newer is not None else None,
         older=cursor_text(page.older) if page.older is not None else None,
     )

@@ -323,10 +323,10 @@ TEXTS: Mapping[str, tuple[str, str]] = {
     ),
     "sessions.partial": ("Nothing found so far", "Chưa tìm thấy"),
     "sessions.partial.advice": ("Older messages are on the next page.", "Tin nhắn cũ hơn ở trang sau."),
+    "sessions.asked": ("Asked first", "Hỏi đầu tiên"),
     "sessions.created": ("Created", "Đã tạo"),
     "sessions.messages": ("Messages", "Tin nhắn"),
     "sessions.last_activity": ("Last activity", "Hoạt động cuối"),
-    "sessions.id": ("Session", "Phiên"),
     "sessions.needs_user": ("Whose sessions?", "Phiên của ai?"),
     "sessions.needs_user.advice": (
         "Without PostgreSQL there is no list of everybody's.",

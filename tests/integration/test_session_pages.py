@@ -111,6 +111,16 @@ async def test_a_list_is_of_one_user_one_time_and_one_status(api):
         assert "No session is like that" in html.text
 
 
+async def test_a_session_of_the_list_goes_by_what_was_asked_first(api):
+    session = await api.new_session("asker")
+    await api.record(session, f"Học phí là bao nhiêu? {HOSTILE}", "Còn học bổng?")
+    source, html = await page(api, "/sessions?user_id=asker")
+
+    assert f"Học phí là bao nhiêu? {HOSTILE}"[:40] in html.text
+    assert "học bổng" not in html.text
+    assert "<script>alert" not in source
+
+
 async def test_words_lead_to_the_message_that_says_them(api):
     session = await api.new_session("searcher")
     await api.record(session, "trước", "Điều kiện tham gia đấu thầu?", HOSTILE)

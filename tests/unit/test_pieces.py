@@ -1,7 +1,10 @@
 """What pages repeat: each value in its own place, and none of them ever markup."""
 
 import json
+import re
+from dataclasses import replace
 from html.parser import HTMLParser
+from urllib.parse import parse_qs, urlsplit
 from uuid import UUID
 
 import pytest
@@ -73,10 +76,39 @@ def test_nothing_that_a_store_holds_of_a_message_is_markup(pieces):
 
 
 def test_nothing_that_a_store_holds_of_a_session_is_markup(pieces):
-    shown = Elements(pieces.sessions([SESSION]))
+    titles = {SESSION.session_id: HOSTILE}
+    for markup in (
+        pieces.sessions([SESSION], titles),
+        pieces.past([SESSION], titles, None),
+        pieces.past([SESSION], {}, SESSION.session_id),
+    ):
+        shown = Elements(markup)
+        assert "script" not in shown.tags
+        assert HOSTILE in [
+            *shown.words,
+            *(parse_qs(urlsplit(link).query)["user_id"][0] for link in shown.values if link.startswith("/?")),
+        ]
 
-    assert "script" not in shown.tags
-    assert HOSTILE in shown.words
+
+def test_a_session_goes_by_what_was_asked_first_and_else_by_when_it_began(pieces):
+    other = replace(SESSION, session_id=UUID("01890000-0000-7000-8000-000000000001"))
+    for markup in (
+        pieces.sessions([SESSION, other], {other.session_id: " Một câu hỏi? "}),
+        pieces.past([SESSION, other], {other.session_id: " Một câu hỏi? "}, None),
+    ):
+        untitled, titled, _ = re.split("</tr>|</li>", markup)
+        assert "Một câu hỏi?" not in untitled
+        assert re.search('<a [^>]*0000"( title="[^"]*")?><time', untitled)
+        assert ">Một câu hỏi?<" in titled
+        assert "<time" in titled
+
+
+def test_the_session_that_one_is_in_is_marked_among_the_past_ones(pieces):
+    other = replace(SESSION, session_id=UUID("01890000-0000-7000-8000-000000000001"))
+    first, second, _ = pieces.past([SESSION, other], {}, other.session_id).split("</li>")
+
+    assert "aria-current" not in first
+    assert "aria-current" in second
 
 
 def test_each_text_stands_in_its_own_message(pieces):
