@@ -22,7 +22,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError, OutOfMemoryError, ReadOnlyError, RedisError, ResponseError
 
 from app.coherence.ports import CacheMoved, CacheOutage, CacheOutOfMemory
-from app.redis_sessions.codec import lua_offsets
+from app.redis_sessions.codec import with_layout
 
 log = logging.getLogger("chat_sessions.redis")
 
@@ -122,11 +122,11 @@ def identity_of(info: Mapping[str, Any]) -> str | None:
 
 @cache
 def script_text(name: str) -> str:
-    """A script as it is sent: the generated offsets, what all scripts share, the file itself."""
+    """A script as it is sent: what all scripts share, the file itself, and the layout written out in both."""
     source = (_LUA / f"{name}.lua").read_text()
     if name == "release_turn":
         return source
-    return lua_offsets() + (_LUA / "entry.lua").read_text() + source
+    return with_layout((_LUA / "entry.lua").read_text() + source)
 
 
 @cache

@@ -121,11 +121,22 @@ def _head(value: bytes) -> _Head | None:
     return _Head._make(match.groups()) if match is not None else None
 
 
-def lua_offsets() -> str:
-    """The layout as Lua, put in front of each script: the only place where offsets are computed."""
-    at = ",".join(f"{name}={offset}" for name, (offset, _) in FIELDS.items())
-    width = ",".join(f"{name}={width}" for name, (_, width) in FIELDS.items())
-    return f"local at = {{{at},user_id={USER_ID_OFFSET}}}\nlocal width = {{{width}}}\n"
+def with_layout(lua: str) -> str:
+    """A script with the layout written out in it, the only place where offsets are computed: `at.seq` and `width.seq` are
+    numbers, `field(head, 'seq')` and `between(head, 'seq', 'pending')` what they cut out.
+
+    Redis runs all of a script at each call: tables and functions that say the same took a tenth of its time.
+    """
+    at = {name: offset for name, (offset, _) in FIELDS.items()} | {"user_id": USER_ID_OFFSET}
+    width = {name: its for name, (_, its) in FIELDS.items()}
+
+    def cut(head: str, begin: int, end: int) -> str:
+        return f"string.sub({head}, {begin + 1}, {end})"
+
+    lua = re.sub(r"\bfield\((\w+), '(\w+)'\)", lambda m: cut(m[1], at[m[2]], at[m[2]] + width[m[2]]), lua)
+    lua = re.sub(r"\bbetween\((\w+), '(\w+)', '(\w+)'\)", lambda m: cut(m[1], at[m[2]], at[m[3]]), lua)
+    lua = re.sub(r"\bat\.(\w+)", lambda m: str(at[m[1]]), lua)
+    return re.sub(r"\bwidth\.(\w+)", lambda m: str(width[m[1]]), lua)
 
 
 def encode(row: Row, *, epoch: str, lines: Sequence[str], pending: int = 0, token: str = TOKEN_ZERO) -> bytes:

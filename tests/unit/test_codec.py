@@ -17,7 +17,7 @@ from app.redis_sessions.codec import (
     decode,
     decode_head,
     encode,
-    lua_offsets,
+    with_layout,
 )
 from tests.factories import guide_value, new_message, new_row
 
@@ -121,12 +121,37 @@ def test_every_field_stands_at_its_offset() -> None:
 
 def test_the_offsets_are_what_they_were() -> None:
     """Values outlive a deployment: another offset needs another version."""
-    assert lua_offsets() == (
-        "local at = {version=7,owner=8,epoch=9,seq=25,chain=35,pending=51,token=61,first_seq=77,"
-        "first_offset=87,session_id=113,created_at=165,last_activity=208,user_id=244}\n"
-        "local width = {version=1,owner=1,epoch=16,seq=10,chain=16,pending=10,token=16,first_seq=10,"
-        "first_offset=10,session_id=36,created_at=24,last_activity=24}\n"
+    assert {name: (offset, width) for name, (offset, width) in FIELDS.items()} == {
+        "version": (7, 1),
+        "owner": (8, 1),
+        "epoch": (9, 16),
+        "seq": (25, 10),
+        "chain": (35, 16),
+        "pending": (51, 10),
+        "token": (61, 16),
+        "first_seq": (77, 10),
+        "first_offset": (87, 10),
+        "session_id": (113, 36),
+        "created_at": (165, 24),
+        "last_activity": (208, 24),
+    }
+    assert USER_ID_OFFSET == 244
+
+
+def test_a_script_has_the_offsets_written_out() -> None:
+    script = "local a = at.user_id .. width.epoch .. field(head, 'seq') .. between(whole, 'chain', 'token')"
+
+    assert (
+        with_layout(script) == "local a = 244 .. 16 .. string.sub(head, 26, 35) .. string.sub(whole, 36, 61)"
     )
+
+
+@pytest.mark.parametrize(
+    "wrong", ["at.sequence", "width.user_id", "field(head, 'x')", "between(head, 'seq', 'x')"]
+)
+def test_a_script_that_asks_for_what_is_no_field_is_refused(wrong: str) -> None:
+    with pytest.raises(KeyError):
+        with_layout(f"local a = {wrong}")
 
 
 def test_an_empty_session_is_json_too() -> None:

@@ -1,5 +1,6 @@
--- entry: how every script looks into a session's value. Put in front of each of them, after the offsets
--- `at` and `width` that codec.py generates. KEYS[1] is always the session's key.
+-- entry: how every script looks into a session's value. Put in front of each of them. KEYS[1] is always the session's
+-- key. codec.py writes the layout into all of them: `at.seq` is where that field begins and `width.seq` how long it is,
+-- `field(head, 'seq')` what stands there, and `between(head, 'seq', 'pending')` what stands from there to a later one.
 --
 -- All scripts write the lines first and then, in one piece, all fields of the head that change: Lua has no rollback,
 -- and a value whose head and lines disagree is read as no session at all.
@@ -16,15 +17,6 @@ local function read_head()
   local head = redis.pcall('GETRANGE', key, 0, at.user_id + 79)
   if type(head) == 'table' then return nil end
   return head
-end
-
-local function field(head, name)
-  return string.sub(head, at[name] + 1, at[name] + width[name])
-end
-
--- From the beginning of one field to the beginning of a later one.
-local function between(head, name, other)
-  return string.sub(head, at[name] + 1, at[other])
 end
 
 local function digits(number)
