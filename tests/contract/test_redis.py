@@ -172,6 +172,17 @@ class TestRedisStore(ChatSessionStoreContract, SlidingTtlContract):
 
         assert [text[:1] for text in await texts(store, session_id)] == ["a", "d"]
 
+    @pytest.mark.parametrize("contents", [["a"], ["a", "b"]])
+    async def test_a_session_may_fill_its_bound_to_the_byte(
+        self, make_store: MakeStore, redis: Redis, contents: list[str]
+    ) -> None:
+        whole = await redis.get(session_key(await new_session(make_store(), *contents)))
+        filled, short = make_store(session_bytes_max=len(whole)), make_store(session_bytes_max=len(whole) - 1)
+
+        assert await texts(filled, await new_session(filled, *contents)) == contents
+        with pytest.raises(SessionTooLarge):
+            await new_session(short, *contents)
+
     async def test_a_window_that_slides_keeps_a_session_below_its_bound(self, make_store: MakeStore) -> None:
         store = make_store(session_bytes_max=10_000, messages_max=2)
         session_id = await new_session(store)

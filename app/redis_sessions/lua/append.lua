@@ -113,8 +113,9 @@ local first_seq, first_offset = tonumber(field(head, 'first_seq')), tonumber(fie
 local size = redis.call('STRLEN', key)
 local surplus = math.max(0, seq - first_seq + 1 - tonumber(ARGV[5]))
 local offset = skip_lines(first_offset, surplus, size)
--- Without the two bytes before the first line and the two brackets, which stand there already.
-if body + size - offset + #lines - 4 > tonumber(ARGV[6]) then return {'full'} end
+-- The closing brackets stand there already, and no comma and line break go before what becomes the first line.
+local saved = offset == size - 2 and 4 or 2
+if body + size - offset + #lines - saved > tonumber(ARGV[6]) then return {'full'} end
 
 local old_size = size
 size = append_lines(first_offset, size, lines)
