@@ -12,7 +12,7 @@ import pytest
 from redis.asyncio import Redis
 
 from app.chat import new_uuid, utc_now
-from app.coherence.ports import GuideEntry
+from app.coherence.ports import GuideEntry, NotHandedOver
 from app.errors import (
     AdoptionPending,
     NotYetVisible,
@@ -36,7 +36,15 @@ from tests.contract.suite import (
     texts,
     until,
 )
-from tests.factories import guide_value, keyed_append, new_answer, new_append, turn_append
+from tests.factories import (
+    guide_value,
+    keyed_append,
+    new_answer,
+    new_append,
+    new_message,
+    new_row,
+    turn_append,
+)
 from tests.servers import Servers
 
 pytestmark = pytest.mark.anyio
@@ -183,6 +191,21 @@ class TestRedisStore(ChatSessionStoreContract, SlidingTtlContract):
         with pytest.raises(SessionTooLarge):
             await new_session(short, *contents)
 
+    async def test_a_turn_that_ended_holds_nothing(
+        self, make_store: MakeStore, redis: Redis, servers: Servers
+    ) -> None:
+        store = make_store()
+        session_id = await new_session(store)
+        async with Redis.from_url(servers.redis_url, db=2) as aux:
+            turn = await store.begin_turn(turn_append(session_id, "question", key="key"), window=10)
+            assert len(await aux.keys("turn:*")) == 1
+
+            await store.finish_turn(turn, new_answer(turn))
+            assert await aux.keys("turn:*") == []
+
+            await store.begin_turn(turn_append(session_id, "question", key="key"), window=10)
+            assert await aux.keys("turn:*") == []
+
     async def test_a_window_that_slides_keeps_a_session_below_its_bound(self, make_store: MakeStore) -> None:
         store = make_store(session_bytes_max=10_000, messages_max=2)
         session_id = await new_session(store)
@@ -204,6 +227,52 @@ class TestRedisStore(ChatSessionStoreContract, SlidingTtlContract):
             await call(make_store(claims=False), session_id, "user123")
 
         assert await redis.get(session_key(session_id)) == value
+
+    async def test_over_a_database_a_session_is_served_once_it_was_handed_over(
+        self, make_store: MakeStore, redis: Redis
+    ) -> None:
+        """Until PostgreSQL says that Redis owns it, a write to it would be one that nobody looks for there."""
+        store = make_store(claims=False)
+        session_id = new_uuid()
+        row = new_row(session_id, message_count=1)
+        await store.offer(row, [new_message("a").line(1)], token="0123456789abcdef")
+        offered = await redis.get(session_key(session_id))
+
+        for call in (
+            store.get_session(session_id),
+            store.read_history(session_id, max_messages=10),
+            store.append(new_append(session_id, "b")),
+            store.begin_turn(turn_append(session_id, "c"), window=10),
+        ):
+            with pytest.raises(NotHandedOver):
+                await call
+        assert await redis.get(session_key(session_id)) == offered
+
+        await store.settle(session_id, token="0123456789abcdef")
+        await store.append(new_append(session_id, "b"))
+        assert await texts(store, session_id) == ["a", "b"]
+
+    async def test_an_offer_replaces_one_that_was_not_taken_up_and_nothing_newer(
+        self, make_store: MakeStore, redis: Redis
+    ) -> None:
+        store = make_store(claims=False)
+        row = new_row(message_count=1)
+        session_id, key = row.session.session_id, session_key(row.session.session_id)
+        first, second = [new_message("a").line(1)], [new_message("b").line(1)]
+
+        assert await store.offer(row, first, token="a" * 16)
+        assert await store.offer(row, second, token="b" * 16)
+        await store.settle(session_id, token="a" * 16)
+        with pytest.raises(NotHandedOver):
+            await store.get_session(session_id)
+        await store.settle(session_id, token="b" * 16)
+        assert not await store.offer(row, first, token="c" * 16)
+        assert await texts(store, session_id) == ["b"]
+
+        value = guide_value(session_id, "a", "b")
+        await redis.set(key, value)
+        assert not await store.offer(row, first, token="d" * 16)
+        assert await redis.get(key) == value
 
     @every_call
     async def test_a_session_in_the_guides_format_is_taken_over_where_it_stands(
@@ -339,6 +408,20 @@ class TestRedisStore(ChatSessionStoreContract, SlidingTtlContract):
             assert await redis.get(session_key(session_id)) == value[:length]
 
         assert await texts(store, other) == ["b"]
+
+    @every_call
+    async def test_a_value_whose_lines_are_not_where_its_head_says_is_not_found(
+        self, make_store: MakeStore, redis: Redis, call: Call
+    ) -> None:
+        store = make_store()
+        session_id = await new_session(store, "a", "b")
+        value = (await redis.get(session_key(session_id))).replace(b'"user123"', b'"user12"')
+        await redis.set(session_key(session_id), value, ex=100)
+
+        with pytest.raises(SessionNotFound):
+            await call(store, session_id, None)
+
+        assert await redis.get(session_key(session_id)) == value
 
     @every_call
     async def test_a_key_of_another_type_is_not_found(

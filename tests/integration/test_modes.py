@@ -590,6 +590,30 @@ async def test_a_start_that_finds_sessions_of_redis_drains_while_it_serves(
     assert {one["session_id"] for one in found} == {toggled, guides}
 
 
+async def test_a_cached_session_goes_on_without_a_database_and_comes_back_to_it(
+    settings: Settings, database: Database, redis: Redis
+) -> None:
+    async with open_runtime(settings) as runtime:
+        session_id = await session_of(runtime.store, "a")
+        assert await reaches(lambda: is_cached(runtime, session_id))
+    without = settings.model_copy(update={"database_url": None, "redis_only_mode": True})
+    async with open_runtime(without) as runtime:
+        assert await texts(runtime.store, session_id) == ["a"]
+        await runtime.store.append(new_append(session_id, "b"))
+        assert await texts(runtime.store, session_id) == ["a", "b"]
+        assert await owners(redis) == {b"r"}
+
+    async with open_runtime(settings) as runtime:
+        assert await reaches(lambda: all_in([runtime], "hybrid"))
+        assert await texts(runtime.store, session_id) == ["a", "b"]
+    async with database.connection() as conn:
+        assert await conn.fetchval("SELECT message_count FROM chat.chat_sessions") == 2
+
+
+async def is_cached(runtime: Runtime, session_id: UUID) -> bool:
+    return (await runtime.store.read_history(session_id, max_messages=1)).source == "redis"
+
+
 async def test_what_the_first_look_did_not_see_is_found_while_serving(
     settings: Settings, database: Database, redis: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -709,6 +709,16 @@ async def test_a_torn_entry_that_redis_owns_is_not_removed(cache: Steps, redis: 
     assert await redis.get(key) == torn
 
 
+async def test_an_offer_that_nobody_took_up_is_removed(cache: Steps, redis: Redis) -> None:
+    """PostgreSQL never said that Redis owns it: whoever holds the row may clear it away."""
+    row = new_row(owner="redis")
+    offered = encode(row, epoch=EPOCH_ZERO, lines=[], pending=1, token=TOKEN)
+    await redis.set(session_key(row.session.session_id), offered)
+
+    assert await cache.remove(row.session.session_id) is True
+    assert await redis.dbsize() == 0
+
+
 async def test_removing_what_is_not_there_is_harmless(cache: Steps, redis: Redis) -> None:
     row = new_row()
 
