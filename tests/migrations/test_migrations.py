@@ -616,6 +616,16 @@ async def test_sql_and_python_agree_on_the_month_of_every_id(own: Database) -> N
     assert len(set(in_sql)) > 4000
 
 
+async def test_the_month_of_an_id_costs_a_statement_no_call(own: Database) -> None:
+    async with own.connection() as conn:
+        plan = await conn.fetch(
+            "EXPLAIN (VERBOSE) SELECT chat.session_month(session_id) FROM chat.chat_sessions"
+        )
+
+    assert "get_byte" in str(plan)
+    assert "session_month(" not in str(plan)
+
+
 async def test_known_ids_have_known_months_in_sql(own: Database) -> None:
     ids = [uuid7_at(0), UUID("019a3a04-23ff-7000-8000-000000000000"), uuid7_at(2**48 - 1), uuid4()]
 
