@@ -57,11 +57,22 @@ def message_of(record: Record) -> Message:
     )
 
 
+_MESSAGE_COLUMNS = 12
+
+
 class MessageColumns:
     """Messages as one array a column, in the order that `statements.APPEND` takes them."""
 
     def __init__(self) -> None:
-        self.arrays: tuple[list[Any], ...] = tuple([] for _ in range(12))
+        self._rows: list[tuple[Any, ...]] = []
+
+    @property
+    def arrays(self) -> tuple[tuple[Any, ...] | None, ...]:
+        """None for a column that says nothing of any message: `unnest` makes up for what an array lacks with NULLs,
+        and each value of an array costs the driver a look at what kind of thing it is.
+        """
+        columns = zip(*self._rows, strict=True) if self._rows else [()] * _MESSAGE_COLUMNS
+        return tuple(column if column.count(None) < len(column) else None for column in columns)
 
     def add(self, session_id: UUID, messages: Sequence[NewMessage], *, first_seq: int) -> None:
         """Messages of one session, the first of them with `first_seq`."""
@@ -69,22 +80,22 @@ class MessageColumns:
         for seq, message in enumerate(messages, first_seq):
             processing_time_ms, source_count = _facts(message)
             digest = message.request_digest
-            values = (
-                session_id,
-                month,
-                seq,
-                message.message_id,
-                message.role,
-                message.content,
-                message.created_at,
-                processing_time_ms,
-                source_count,
-                message.metadata,
-                bytes.fromhex(digest) if digest is not None else None,
-                message.request_size,
+            self._rows.append(
+                (
+                    session_id,
+                    month,
+                    seq,
+                    message.message_id,
+                    message.role,
+                    message.content,
+                    message.created_at,
+                    processing_time_ms,
+                    source_count,
+                    message.metadata,
+                    bytes.fromhex(digest) if digest is not None else None,
+                    message.request_size,
+                )
             )
-            for array, value in zip(self.arrays, values, strict=True):
-                array.append(value)
 
 
 def _facts(message: NewMessage) -> tuple[int | None, int | None]:

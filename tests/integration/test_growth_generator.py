@@ -58,7 +58,8 @@ async def test_every_column_is_what_the_product_makes_of_the_message_it_reads(fi
         columns.add(session_id, history.messages, first_seq=1)
 
     names = list(stored[0].keys())
-    ours = [dict(zip(names, row, strict=True)) for row in zip(*columns.arrays, strict=True)]
+    arrays = [array or [None] * MESSAGES for array in columns.arrays]
+    ours = [dict(zip(names, row, strict=True)) for row in zip(*arrays, strict=True)]
     differing = [
         (name, row[name], record[name])
         for row, record in zip(ours, stored, strict=True)
