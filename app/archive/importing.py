@@ -110,13 +110,11 @@ class _Batch:
 
     def has_room_for(self, piece: Piece) -> bool:
         """A session's pieces follow each other in transactions of their own."""
-        return piece.session.session_id not in self.ids and (
-            not self.found
-            or (
-                self.messages + len(piece.messages) <= _BATCH_MESSAGES
-                and len(self.found) < _BATCH_SESSIONS
-                and self.bytes < _BATCH_BYTES
-            )
+        return (
+            piece.session.session_id not in self.ids
+            and self.messages + len(piece.messages) <= _BATCH_MESSAGES
+            and len(self.found) < _BATCH_SESSIONS
+            and self.bytes < _BATCH_BYTES
         )
 
     def add(self, found: Found) -> None:

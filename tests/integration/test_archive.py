@@ -22,10 +22,10 @@ from hypothesis import strategies as st
 
 from app.archive import importing
 from app.archive.export import export_sessions
-from app.archive.importing import Imported, import_sessions, sources_of
+from app.archive.importing import Imported, Source, import_sessions, sources_of
 from app.archive.manifest import Selection, read_manifest
-from app.archive.reading import Problem
-from app.chat import LEGACY_MONTH, NewMessage, session_month
+from app.archive.reading import Found, Problem
+from app.chat import LEGACY_MONTH, NewMessage, new_uuid, session_month
 from app.cli.import_ import bounds_of
 from app.coherence.ports import Piece, Restored
 from app.errors import ArchiveRefused, HistoryDiffers, ModeRefused, SessionNotFound
@@ -428,6 +428,27 @@ async def test_a_manifest_that_names_a_file_outside_of_its_folder_is_refused(man
             sources_of([out])
 
 
+async def test_what_leads_to_nothing_that_can_be_imported_is_refused_and_says_why(database, tmp_path):
+    await export_sessions(database, tmp_path / "out", Selection(), kind="jsonl")
+    alone = tmp_path / "messages.parquet"
+    strays = [
+        folder / "chat_messages" / "month=2020-01" / "messages.jsonl"
+        for folder in (tmp_path, tmp_path / "out")
+    ]
+    for path in (alone, *strays):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+    for path, why in (
+        (tmp_path / "nothing.jsonl", "is not there"),
+        (tmp_path, "holds no manifest.json"),
+        (alone, "does not lie in an export"),
+        *((stray, "is of a month that .*manifest.json does not name") for stray in strays),
+    ):
+        with pytest.raises(ArchiveRefused, match=why):
+            sources_of([path])
+
+
 async def test_a_folder_of_another_export_or_of_other_files_is_refused(database, tmp_path):
     await export_sessions(database, tmp_path / "a", Selection(), kind="jsonl")
     with pytest.raises(ArchiveRefused, match="of another export: its selection"):
@@ -664,6 +685,43 @@ async def test_a_cached_session_that_grows_by_an_import_is_not_served_as_it_was(
 
     assert restored == Restored(created=False, added=1, known=2)
     assert await contents_of(runtime, session_id) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("bound", "sessions", "contents", "batches"),
+    [
+        ("_BATCH_SESSIONS", 7, ["a"], [3, 3, 1]),
+        ("_BATCH_MESSAGES", 5, ["a", "b"], [1, 1, 1, 1, 1]),
+        # Two each, of their metadata; the one that reaches the bound goes with those before it.
+        ("_BATCH_BYTES", 5, [""], [2, 2, 1]),
+    ],
+)
+async def test_an_import_holds_the_locks_of_a_bounded_batch_at_once(
+    runtime, stores, tmp_path, monkeypatch, bound, sessions, contents, batches
+):
+    monkeypatch.setattr(importing, bound, 3)
+    session = (await runtime.store.create_session("user123")).session
+    pieces = [
+        piece_of(
+            replace(session, session_id=new_uuid()),
+            tuple(new_message(content, metadata={}) for content in contents),
+        )
+        for _ in range(sessions)
+    ]
+    sizes = []
+
+    async def restore(batch):
+        sizes.append(len(batch))
+        return await stores.hybrid.restore(batch)
+
+    source = Source(
+        messages=None,
+        flaws=list,
+        read=lambda _: iter([Found(path=tmp_path, line=1, piece=piece) for piece in pieces]),
+    )
+    done = await import_sessions(restore, [source], BOUNDS, tell=print)
+
+    assert (sizes, done.sessions_made) == (batches, sessions)
 
 
 async def test_a_deleted_session_is_imported_again_and_served(runtime, stores, database, tmp_path):
