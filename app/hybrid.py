@@ -663,11 +663,18 @@ class HybridChatSessionStore:
 
     async def _restored_after_adoption(self, piece: Piece) -> Restored | ChatError:
         """Redis holds the session for itself: what it holds comes first, and the file is compared with that."""
+        session_id = piece.session.session_id
         try:
-            await self.adopt(piece.session.session_id)
+            adopted = await self.adopt(session_id)
         except AdoptionPending as exc:
             return exc
         [outcome] = await self._admitted(lambda: self._durable.restore([piece], self._fence))
+        if adopted is None and isinstance(outcome, AdoptionPending):
+            # To try again would help nobody: there is nothing that could be adopted.
+            return Unadoptable(
+                f"session:{session_id} in Redis is no session, and nothing is stored over it",
+                hint="look at it, and remove it there",
+            )
         return outcome
 
     def _admit_adoption(self, state: CacheState, watch: Watch) -> None:

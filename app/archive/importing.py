@@ -184,5 +184,5 @@ async def _carried_out(restore: Restore, batch: _Batch, done: _Done, advance: Ca
         elif isinstance(outcome, Unavailable) and not isinstance(outcome, Unadoptable):
             raise outcome
         else:
-            done.tell(Problem(path=found.path, line=found.line, reason=outcome.detail))
+            done.tell(Problem(path=found.path, line=found.line, reason=str(outcome)))
     advance(batch.messages)

@@ -226,6 +226,10 @@ async def test_a_long_session_comes_back_in_pieces(runtime, stores, database, tm
     assert (done.sessions_made, done.messages_added, problems) == (1, 2500, [])
     assert await rows_of(database) == before
 
+    again, _ = await imported(stores, tmp_path / "out")
+
+    assert asdict(again) == asdict(Imported(sessions_known=1, messages_known=2500))
+
 
 async def test_metadata_stands_in_parquet_byte_for_byte(runtime, database, tmp_path):
     import pyarrow.parquet
@@ -775,6 +779,29 @@ async def test_what_redis_holds_for_itself_comes_first(runtime, stores, redis, t
 
     assert restored == Restored(created=False, added=0, known=1)
     assert await contents_of(runtime, session_id) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (b'{"messages": 1}', "is no session"),
+        (b'{"session_id": "%s", "messages": [{"role": "user"}]}', "can't be read back"),
+    ],
+)
+async def test_what_redis_holds_and_nobody_can_read_is_named_and_the_rest_is_imported(
+    runtime, stores, redis, tmp_path, value, why
+):
+    ids = [uuid4(), uuid4()]
+    (tmp_path / "b.json").write_bytes(b"\n".join(guide_value(one, "a") for one in ids))
+    value = value.replace(b"%s", str(ids[0]).encode())
+    await redis.set(session_key(ids[0]), value, ex=60)
+
+    done, problems = await imported(stores, tmp_path / "b.json")
+
+    assert (done.sessions_made, done.problems) == (1, 1)
+    assert re.search(rf"{why}.*\(.*remove", problems[0].reason)
+    assert await redis.get(session_key(ids[0])) == value
+    assert await contents_of(runtime, ids[1]) == ["a"]
 
 
 async def test_two_imports_at_once_double_nothing(runtime, stores, settings, database, tmp_path):
