@@ -111,6 +111,11 @@ def piece_of(session: Any, messages: tuple[NewMessage, ...]) -> Piece:
     )
 
 
+def source_of(pieces: list[Piece]) -> Source:
+    found = [Found(path=Path("file"), line=1, piece=piece) for piece in pieces]
+    return Source(messages=None, flaws=list, read=lambda _: iter(found))
+
+
 # The round trip
 
 texts = st.sampled_from(list(TEXTS.values())) | st.text(
@@ -701,7 +706,7 @@ async def test_a_cached_session_that_grows_by_an_import_is_not_served_as_it_was(
     ],
 )
 async def test_an_import_holds_the_locks_of_a_bounded_batch_at_once(
-    runtime, stores, tmp_path, monkeypatch, bound, sessions, contents, batches
+    runtime, stores, monkeypatch, bound, sessions, contents, batches
 ):
     monkeypatch.setattr(importing, bound, 3)
     session = (await runtime.store.create_session("user123")).session
@@ -718,14 +723,29 @@ async def test_an_import_holds_the_locks_of_a_bounded_batch_at_once(
         sizes.append(len(batch))
         return await stores.hybrid.restore(batch)
 
-    source = Source(
-        messages=None,
-        flaws=list,
-        read=lambda _: iter([Found(path=tmp_path, line=1, piece=piece) for piece in pieces]),
-    )
-    done = await import_sessions(restore, [source], BOUNDS, tell=print)
+    done = await import_sessions(restore, [source_of(pieces)], BOUNDS, tell=print)
 
     assert (sizes, done.sessions_made) == (batches, sessions)
+
+
+async def test_an_import_says_what_it_made_what_grew_and_what_was_known(runtime, stores, monkeypatch):
+    monkeypatch.setattr(importing, "_BATCH_SESSIONS", 2)
+    sessions = [(await runtime.store.create_session("user123")).session for _ in range(2)]
+    sessions.append(replace(sessions[0], session_id=new_uuid()))
+    messages = tuple(new_message(content) for content in "abc")
+    for session in sessions[:2]:
+        await stores.hybrid.restore([piece_of(session, messages[:2])])
+    pieces = [piece_of(session, messages[: 2 + index]) for index, session in enumerate(sessions)]
+    advanced = []
+
+    done = await import_sessions(
+        stores.hybrid.restore, [source_of(pieces)], BOUNDS, tell=print, advance=advanced.append
+    )
+
+    assert asdict(done) == asdict(
+        Imported(sessions_made=1, sessions_grown=1, sessions_known=1, messages_added=4, messages_known=4)
+    )
+    assert advanced == [5, 3]
 
 
 async def test_a_deleted_session_is_imported_again_and_served(runtime, stores, database, tmp_path):

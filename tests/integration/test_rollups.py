@@ -635,8 +635,11 @@ async def test_a_round_with_failures_leaves_what_it_has_no_time_for_to_the_next(
     monkeypatch.setattr(rollups, "_FAILING_ROUND_SECONDS", 0)
     async with uncountable(database, player.sessions[2]):
         await player.play(_FIVE)
+        await player.counting.round()
+        left = await player.counting.pending()
         await count_all(player.counting)
 
+        assert left.marks > 0
         assert await counted(database) == {*player.sessions} - {player.sessions[2]}
     await player.counting.retry()
     await count_all(player.counting)
@@ -644,6 +647,23 @@ async def test_a_round_with_failures_leaves_what_it_has_no_time_for_to_the_next(
 
     async with database.connection() as conn:
         assert await differences(conn, "UTC") == {}
+
+
+async def test_an_error_that_postgresql_can_not_store_is_told_as_far_as_it_can(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(database, "UTC")
+    await player.play([Adopt(0, "an", _AT, _asked("user"))])
+
+    async def fails(*_: object) -> None:
+        raise ValueError("a\0b" + "c" * 1000)
+
+    monkeypatch.setattr(rollups, "_count", fails)
+    await player.counting.round()
+
+    [aside] = await player.counting.set_aside(10)
+    assert aside.error.startswith("ValueError: abccc")
+    assert len(aside.error) == 500
 
 
 async def test_fresh_marks_do_not_wait_for_all_the_old_ones(
@@ -659,6 +679,23 @@ async def test_fresh_marks_do_not_wait_for_all_the_old_ones(
     async with database.connection() as conn:
         counted = {record[0] for record in await conn.fetch("SELECT session_id FROM chat.rollup_sessions")}
     assert counted == {*player.created[:2], *player.created[-2:]}
+
+
+async def test_a_round_counts_a_piece_of_a_long_session(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player(database, "UTC")
+    await count_all(player.counting)
+    await player.play([Adopt(0, "an", _AT, _asked(*["user"] * 25))])
+    monkeypatch.setattr(rollups, "_MESSAGES", 10)
+
+    counted = []
+    for _ in range(3):
+        await player.counting.round()
+        async with database.connection() as conn:
+            counted.append(await conn.fetchval("SELECT sum(messages) FROM chat.rollup_sessions"))
+
+    assert counted == [10, 20, 25]
 
 
 async def test_nothing_is_written_where_nothing_was_marked(database: Database) -> None:
