@@ -35,7 +35,7 @@ _BACKFILLED_SESSIONS = 500
 _MESSAGES = 20_000
 _MESSAGES_OF_SESSION_MIN = 10
 
-#: A round takes a second at most; deleting one session of a million messages longer.
+#: A round takes a second or two; deleting one session of a million messages longer.
 _ROUND_TIMEOUT_SECONDS = 120
 
 #: After this, what a round with failures has not come to is left to the next one.

@@ -130,6 +130,12 @@ WITH gone AS (
         FROM jsonb_path_query(n.said, 'strict $.sources[*] ? (@.type() == "string")', silent => true) AS member
     ) m
     WHERE n.source_count > 0
+), cited_in AS MATERIALIZED (
+    -- For all sessions at once: to look into `cited` for each of 5,000 takes four times as long as all else.
+    SELECT session_id, array_agg(source_key) AS source_keys, array_agg(day) AS days
+    FROM cited
+    WHERE sign = 1
+    GROUP BY session_id
 ), gained AS (
     SELECT session_id, min(created_at) AS first_message_at, max(created_at) AS last_message_at,
            count(*) FILTER (WHERE is_question) AS user_messages,
@@ -165,6 +171,7 @@ WITH gone AS (
     FROM reach r
     LEFT JOIN stood o ON o.session_id = r.session_id AND r.counted > 0
     LEFT JOIN gained g ON g.session_id = r.session_id
+    LEFT JOIN cited_in c ON c.session_id = r.session_id
     CROSS JOIN LATERAL (
         -- The driver's clocks may disagree: no answer comes before its question.
         SELECT CASE WHEN waited < interval '0' THEN 0 ELSE (extract(epoch FROM waited) * 1000)::bigint END
@@ -177,7 +184,7 @@ WITH gone AS (
         FROM (
             SELECT * FROM unnest(o.cited, o.cited_days) AS u(source_key, day)
             UNION
-            SELECT source_key, day FROM cited c WHERE c.session_id = r.session_id AND c.sign = 1
+            SELECT * FROM unnest(c.source_keys, c.days)
         ) pairs
     ) p
 ), both_ways AS MATERIALIZED (
