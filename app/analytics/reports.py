@@ -67,8 +67,9 @@ _NO_SUCH_ZONE = "22023"
 # Read only against a mistake in queries.sql. For one transaction, because a pooler keeps no more.
 _BOUNDS = (
     "set_config('transaction_read_only', 'on', true), set_config('statement_timeout', "
-    # The engine's plans are made once for all parameters; a report's range decides its plan.
+    # The engine's plans are made once for all parameters, and for few rows; a report's range decides its plan.
     f"'{STATEMENT_TIMEOUT_SECONDS:g}s', true), set_config('plan_cache_mode', 'auto', true), "
+    "set_config('enable_seqscan', 'on', true), "
     # It takes longer to compile a report than to run it.
     "set_config('jit', 'off', true)"
 )

@@ -263,10 +263,10 @@ async def _candidates(
 
 
 # Read only against a mistake of ours. For one transaction, because a pooler keeps no more. The engine's plans are
-# made once for all parameters; here the window decides the plan.
+# made once for all parameters, and for few rows; here the window decides the plan.
 _BOUNDS = text(
     "SELECT set_config('transaction_read_only', 'on', true), set_config('plan_cache_mode', 'force_custom_plan', true), "
-    f"set_config('statement_timeout', '{_WINDOW_SECONDS:g}s', true)"
+    f"set_config('enable_seqscan', 'on', true), set_config('statement_timeout', '{_WINDOW_SECONDS:g}s', true)"
 )
 
 _FILTERS = {

@@ -199,7 +199,11 @@ async def _months(database: Database, where: _Where, only: Sequence[date]) -> di
     return {record["month"]: record["messages"] for record in records}
 
 
-_PATIENCE = "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0"
+# A month may be most of the table.
+_PATIENCE = (
+    "SET LOCAL statement_timeout = 0; SET LOCAL idle_in_transaction_session_timeout = 0; "
+    "SET LOCAL enable_seqscan = on; SET LOCAL plan_cache_mode = auto"
+)
 
 
 async def _export_month(

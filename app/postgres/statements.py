@@ -2,6 +2,9 @@
 
 A write runs them as separate statements of one transaction, in this order: one statement that locks and
 reads would see the rows as they were before it waited for the lock (a mixed snapshot).
+
+A plan is made once a connection, perhaps of empty tables, and stays while they grow. So a table is named with what its
+index finds (`= ANY`) also where a join says it once more: else all of a small table is read, and then all of a large one.
 """
 
 _STATE = "c.protocol, c.epoch, c.mode, c.cache, c.redis_identity, c.settled"
@@ -36,7 +39,7 @@ FROM chat.cache_state c
 LEFT JOIN (
     unnest($1::uuid[], $2::date[], $3::uuid[]) AS w(session_id, session_month, message_id)
     JOIN chat.chat_messages m USING (session_id, session_month, message_id)
-) ON true
+) ON m.session_id = ANY($1) AND m.session_month = ANY($2)
 WHERE c.id = 1
 """
 
@@ -48,7 +51,7 @@ WITH head AS (
     SET message_count = w.message_count, chain = w.chain, last_activity = w.last_activity
     FROM unnest($1::uuid[], $2::int[], $3::bytea[], $4::timestamptz[])
         AS w(session_id, message_count, chain, last_activity)
-    WHERE s.session_id = w.session_id
+    WHERE s.session_id = w.session_id AND s.session_id = ANY($1)
 ), messages AS (
     INSERT INTO chat.chat_messages (session_id, session_month, seq, message_id, role, content, created_at,
         processing_time_ms, source_count, metadata, request_digest, request_size)
@@ -156,7 +159,7 @@ SET token = excluded.token, leased_until = excluded.leased_until
 RELEASE_TURNS = """
 DELETE FROM chat.chat_turns t
 USING unnest($1::uuid[], $2::uuid[], $3::uuid[]) AS w(session_id, message_id, token)
-WHERE t.session_id = w.session_id AND t.message_id = w.message_id AND t.token = w.token
+WHERE t.session_id = w.session_id AND t.message_id = w.message_id AND t.token = w.token AND t.session_id = ANY($1)
 RETURNING t.session_id
 """
 
