@@ -106,12 +106,38 @@ async def serve_here(
         lifespan="off",
         timeout_graceful_shutdown=grace_seconds(settings),
     )
-    async with app.router.lifespan_context(app):
-        if parent is not None:
-            await parent.connect(tell=lambda: own_metrics(app))
-            share_metrics(app, parent.ask)
-        kind = _Server if parent is None else _SharingServer
-        await kind(config, on_start=on_start).serve(sockets=[listener])
+    with ended_by_sigterm():
+        async with app.router.lifespan_context(app):
+            if parent is not None:
+                await parent.connect(tell=lambda: own_metrics(app))
+                share_metrics(app, parent.ask)
+            kind = _Server if parent is None else _SharingServer
+            await kind(config, on_start=on_start).serve(sockets=[listener])
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """A SIGTERM cancels what the task of this block waits for, and the block is left without an error.
+
+    An exception that a handler raises would come up in any callback of the loop, which logs it as the error of a connection.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None  # noqa: S101 - a coroutine runs in one
+    told = False
+
+    def cancel(_number: int, _frame: object) -> None:
+        nonlocal told
+        told = True
+        loop.call_soon_threadsafe(task.cancel)
+
+    before = signal.signal(signal.SIGTERM, cancel)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not told:
+            raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Server(uvicorn.Server):
