@@ -288,6 +288,33 @@ async def test_both_ways_while_two_instances_serve(
         assert await owned_by_redis(database) == 0
 
 
+@pytest.mark.usefixtures("noeviction", "database")
+async def test_a_process_without_redis_refuses_in_redis_only_mode_and_writes_again_after_it(
+    call: Call, settings: Settings
+) -> None:
+    without_redis = settings.model_copy(update={"enable_redis_sessions": False})
+    async with open_runtime(settings) as with_redis, open_runtime(without_redis) as without:
+        session_id = await session_of(with_redis.store, "1")
+        for turn in (2, 3):
+            # It is the cache of the other one that has to be given up before this is durable.
+            await reaches(partial(is_read_from_redis, with_redis, session_id))
+            await without.store.append(new_append(session_id, str(turn)))
+            assert len(await texts(with_redis.store, session_id)) == turn
+
+        assert (await call("mode", "redis-only")).code == 0
+        with pytest.raises(DurableStoreUnavailable, match="this process serves without Redis") as refused:
+            await without.store.append(new_append(session_id, "refused"))
+        assert refused.value.hint == "set ENABLE_REDIS_SESSIONS=true and restart it"
+
+        assert (await call("mode", "hybrid")).code == 0
+        await without.store.append(new_append(session_id, "4"))
+        assert await texts(with_redis.store, session_id) == ["1", "2", "3", "4"]
+
+
+async def is_read_from_redis(runtime: Runtime, session_id: UUID) -> bool:
+    return (await runtime.store.read_history(session_id, max_messages=5)).source == "redis"
+
+
 async def all_in(runtimes: list[Runtime], mode: str) -> bool:
     return {runtime.mode for runtime in runtimes} == {mode}
 
