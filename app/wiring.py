@@ -195,7 +195,9 @@ async def open_runtime(settings: Settings, *, embedded: bool = False) -> AsyncIt
                     redis_only=settings.redis_only_mode,
                     redis=redis,
                 )
-                await make_partitions(stores.database, months_from(utc_now().date(), MONTHS_AHEAD))
+                # Without this month's no message could be kept; the next ones have time.
+                await make_partitions(stores.database, months_from(utc_now().date(), 0))
+            await _make_partitions(stores.database)
             store = _live(stack, settings, stores)
             upkeep = asyncio.create_task(_keep_partitions(stores.database))
             stack.push_async_callback(stop, upkeep)
@@ -223,7 +225,7 @@ def _outage_refuses() -> Iterator[None]:
     try:
         yield
     except DurableStoreUnavailable as exc:
-        raise StartRefused(str(exc), hint="start PostgreSQL, or correct DATABASE_URL") from exc
+        raise StartRefused(exc.detail, hint=exc.hint or "start PostgreSQL, or correct DATABASE_URL") from exc
 
 
 @asynccontextmanager
@@ -424,13 +426,17 @@ async def _claim_guides(store: RedisChatSessionStore) -> None:
 
 
 async def _keep_partitions(database: Database) -> None:
-    """Makes next months' partitions long before they are needed, and again after an outage."""
+    """Makes next months' partitions long before they are needed, and again after a failure."""
     while True:
         await asyncio.sleep(_PARTITIONS_EVERY_SECONDS)
-        try:
-            made = await make_partitions(database, months_from(utc_now().date(), MONTHS_AHEAD))
-        except ChatError as exc:
-            log.warning("partitions were not made, will try again: %s", exc)
-        else:
-            if made:
-                log.info("partitions made: %s", ", ".join(made))
+        await _make_partitions(database)
+
+
+async def _make_partitions(database: Database) -> None:
+    try:
+        made = await make_partitions(database, months_from(utc_now().date(), MONTHS_AHEAD))
+    except Exception as exc:  # noqa: BLE001 - whatever it is, it may be mended while this serves
+        log.warning("partitions were not made, will try again: %s", exc)
+    else:
+        if made:
+            log.info("partitions made: %s", ", ".join(made))

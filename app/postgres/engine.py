@@ -59,11 +59,9 @@ _BEGIN = {
 
 # What PostgreSQL says when it, and not our statement, is the matter: connection trouble (08), a lack of
 # resources (53), an operator's intervention or a cancelled statement (57), system errors (58), read-only
-# (25006: a standby), lock and deadlock time-outs (55P03, 40P01), an account without the rights (42501).
+# (25006: a standby), lock and deadlock time-outs (55P03, 40P01).
 _OUTAGE_CLASSES = frozenset({"08", "53", "57", "58"})
-_OUTAGE_STATES = frozenset(
-    {"25006", "25P03", "28000", "28P01", "3D000", "40001", "40P01", "42501", "55000", "55P03"}
-)
+_OUTAGE_STATES = frozenset({"25006", "25P03", "28000", "28P01", "3D000", "40001", "40P01", "55000", "55P03"})
 
 
 def sqlalchemy_url(url: str) -> str:
@@ -273,6 +271,12 @@ def outage_or_same(exc: Exception) -> Exception:
     translated, cause = _causes(exc)
     state = getattr(cause, "sqlstate", None) or getattr(translated, "sqlstate", None)
     if state is not None:
+        if state == "42501":
+            return DurableStoreUnavailable(
+                f"PostgreSQL can't serve now: {cause}",
+                hint="give the account of DATABASE_URL this right; what makes tables, such as `chat-sessions partitions`, may "
+                "be run as another account",
+            )
         if state[:2] in _OUTAGE_CLASSES or state in _OUTAGE_STATES:
             return DurableStoreUnavailable(f"PostgreSQL can't serve now: {cause}")
         # A table or its schema is missing: which one is said differs between versions.

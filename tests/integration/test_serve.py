@@ -399,7 +399,7 @@ def test_postgresql_may_be_killed_and_come_back_while_the_service_goes_on(folder
     with serving(folder, **urls) as service, service.client() as client:
         session = new_session(client, "một")
 
-        postgres.kill(int((folder / "own/postgres/data/postmaster.pid").read_text().split()[0]))
+        postgres.kill(postmaster_of(folder))
         refused, cached, ready = (
             record(client, session, "lost"),
             client.get(f"{session}/history"),
@@ -410,6 +410,8 @@ def test_postgresql_may_be_killed_and_come_back_while_the_service_goes_on(folder
         assert eventually(lambda: record(client, session, "hai").status_code == 200)
         assert contents(client, session) == ["một", "hai"]
         assert client.get("/health/ready").json()["status"] == "pass"
+
+        postgres.kill(postmaster_of(folder))
         assert service.end() == 0
 
     assert (refused.status_code, refused.json()["code"]) == (503, "durable_store_unavailable")
@@ -417,3 +419,7 @@ def test_postgresql_may_be_killed_and_come_back_while_the_service_goes_on(folder
     assert [message["content"] for message in cached.json()["messages"]] == ["một"]
     assert (ready.status_code, ready.json()["status"]) == (200, "warn")
     assert "Traceback" not in service.log
+
+
+def postmaster_of(folder):
+    return int((folder / "own/postgres/data/postmaster.pid").read_text().split()[0])

@@ -1,14 +1,19 @@
 """What a start makes of settings and a database, and that an end closes all of it."""
 
 import asyncio
+import socket
 import time
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from functools import partial
 
 import pytest
+from redis.asyncio import Redis
+from sqlalchemy import make_url
 
-from app import __version__
+from app import __version__, wiring
 from app.chat import new_uuid, utc_now
-from app.errors import StartRefused
+from app.embedded import embedded_servers
+from app.errors import RedisUnavailable, StartRefused
 from app.postgres.cache_state import GONE_AFTER_SECONDS
 from app.postgres.partitions import MONTHS_AHEAD, existing_partitions, months_from, partition_name
 from app.redis_sessions.keys import session_key
@@ -458,6 +463,114 @@ async def test_redis_that_is_out_at_the_start_is_no_reason_not_to_serve(settings
     assert health == {"postgres": "pass", "redis": "warn"}
 
 
+# While it serves
+
+
+async def comes_true(probe, seconds_max=20):
+    deadline = time.monotonic() + seconds_max
+    while not (value := await probe()) and time.monotonic() < deadline:  # noqa: ASYNC110 - other processes have no event of ours
+        await asyncio.sleep(0.02)
+    return value
+
+
+async def test_partitions_are_made_while_it_serves_and_after_a_failure_too(
+    settings, fresh, monkeypatch, caplog
+):
+    monkeypatch.setattr(wiring, "_PARTITIONS_EVERY_SECONDS", 0.05)
+    *_, last = map(partition_name, months_from(utc_now().date(), MONTHS_AHEAD))
+    async with opened(settings):
+        async with fresh.connection() as conn:
+            # The one that is missed then can't be attached beside it.
+            await conn.execute(f"ALTER TABLE chat.{last} RENAME TO chat_messages_in_its_place")
+        failed = await comes_true(partial(logged, caplog, "partitions were not made, will try again"))
+        async with fresh.connection() as conn:
+            await conn.execute("DROP TABLE chat.chat_messages_in_its_place")
+        made = await comes_true(partial(exists, fresh, last))
+
+    assert failed
+    assert made
+
+
+@pytest.fixture
+async def url_without_ddl(fresh, database_url):
+    """An account that reads and writes what is there, and makes nothing."""
+    async with fresh.connection() as conn:
+        await conn.execute(
+            "CREATE ROLE chat_writes LOGIN PASSWORD 'chat_writes'; GRANT USAGE ON SCHEMA chat, analytics TO chat_writes;"
+            "GRANT ALL ON ALL TABLES IN SCHEMA chat, analytics TO chat_writes;"
+            "GRANT EXECUTE ON ALL FUNCTIONS IN SCHEMA chat, analytics TO chat_writes;"
+            "GRANT SELECT ON alembic_version TO chat_writes"
+        )
+    yield (
+        make_url(database_url)
+        .set(username="chat_writes", password="chat_writes")
+        .render_as_string(hide_password=False)
+    )
+    async with fresh.connection() as conn:
+        await conn.execute("DROP OWNED BY chat_writes; DROP ROLE chat_writes")
+
+
+async def test_an_account_that_may_not_make_partitions_serves_while_those_of_this_month_are_there(
+    settings, fresh, url_without_ddl, caplog
+):
+    this, *_, last = map(partition_name, months_from(utc_now().date(), MONTHS_AHEAD))
+    await drop(fresh, last)
+    async with opened(settings, database_url=url_without_ddl) as runtime:
+        assert await texts(runtime.store, await new_session(runtime.store, "một")) == ["một"]
+    assert (
+        "partitions were not made, will try again: PostgreSQL can't serve now: permission denied"
+        in caplog.text
+    )
+
+    await drop(fresh, this)
+    assert await refused(settings, database_url=url_without_ddl) == (
+        "PostgreSQL can't serve now: permission denied for schema chat (give the account of DATABASE_URL this right; "
+        "what makes tables, such as `chat-sessions partitions`, may be run as another account)"
+    )
+    async with opened(settings):
+        assert {this, last} <= set(await existing_partitions(fresh))
+    async with opened(settings, database_url=url_without_ddl) as runtime:
+        assert await texts(runtime.store, await new_session(runtime.store, "hai")) == ["hai"]
+
+
+async def drop(database, partition):
+    async with database.connection() as conn:
+        await conn.execute(f"DROP TABLE chat.{partition}")
+
+
+async def logged(caplog, words):
+    return words in caplog.text
+
+
+async def exists(database, partition):
+    return partition in await existing_partitions(database)
+
+
+async def test_the_guides_sessions_are_taken_over_once_redis_answers(settings, tmp_path, monkeypatch):
+    """Without a database; those that nobody touches, so that lists have them."""
+    monkeypatch.setattr(wiring, "_CLAIMS_AGAIN_SECONDS", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    async with opened(
+        settings, database_url=None, redis_url=f"redis://127.0.0.1:{port}", redis_only_mode=True
+    ) as runtime:
+        before = await health_of(runtime)
+        with embedded_servers(tmp_path, durable=False, postgres=False, redis_port=port) as servers:
+            session_id = new_uuid()
+            async with Redis.from_url(f"{servers.redis_url}/1") as direct:
+                await direct.set(session_key(session_id), guide_value(session_id, "một"), ex=100)
+
+            async def listed():
+                with suppress(RedisUnavailable):
+                    return [
+                        one.session_id
+                        for one in (await runtime.store.list_sessions("user123", limit=5)).sessions
+                    ]
+
+            assert before == {"redis": "fail"}
+            assert await comes_true(listed) == [session_id]
+
+
 # The end
 
 
@@ -518,3 +631,32 @@ async def fail_while_serving(settings):
     async with open_runtime(settings) as runtime:
         await runtime.store.create_session("an")
         raise ZeroDivisionError
+
+
+async def test_an_end_waits_for_a_write_whose_caller_has_gone(settings, fresh):
+    lock = AsyncExitStack()
+
+    async def release_soon():
+        await asyncio.sleep(0.5)
+        await lock.aclose()
+
+    async with opened(settings) as runtime:
+        session_id = await new_session(runtime.store)
+        conn = await lock.enter_async_context(fresh.transaction())
+        await conn.execute("SELECT FROM chat.chat_sessions WHERE session_id = $1 FOR UPDATE", session_id)
+        append = asyncio.create_task(runtime.store.append(new_append(session_id, "một")))
+        assert await comes_true(partial(waits_for_a_lock, fresh))
+        append.cancel()
+        releasing = asyncio.create_task(release_soon())
+
+    assert append.cancelled()
+    assert releasing.done()
+    async with opened(settings) as runtime:
+        assert await texts(runtime.store, session_id) == ["một"]
+
+
+async def waits_for_a_lock(database):
+    async with database.connection() as conn:
+        return await conn.fetchval(
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        )
